@@ -1,0 +1,142 @@
+"""GRPO on the embedded tasks; every key that any experiment may set stands here, with what it means.
+
+    python -m experiments.run --config=base.py         # a small model trained here, minutes on two CPU cores
+    python -m experiments.run --config=base.py:smoke   # seconds
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs.common import call, term
+
+ARGS = ("", "smoke")
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The embedded default, or with ``arg`` "smoke" something that runs in seconds."""
+    if arg not in ARGS:
+        raise ValueError(f"no variant {arg!r}; there are: bare, {', '.join(a for a in ARGS if a)}.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.num_steps = 120
+    config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
+
+    config.model = dict(
+        num_layers=3,
+        hidden_size=96,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_size=256,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        num_experts=0,  # 0: a dense SwiGLU
+        experts_per_token=0,
+        dtype="float32",
+        param_dtype="float32",
+        scan_layers=False,
+        scan_decode=False,
+        remat=False,
+    )
+    config.tokenizer = "embedded"  # or the path of a sentencepiece model
+    config.router = dict(balance_coef=0.001, z_coef=0.0)  # mixture-of-experts models only
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
+
+    config.data = dict(
+        tasks=("add", "sort", "mod"),
+        levels=((1, 2, 3), (1, 2, 3), (1, 2)),  # one tuple of levels a task; None: all
+        weights=config_dict.placeholder(tuple),
+        files=(),
+        heldout_files=(),
+        verifier=config_dict.placeholder(object),
+        prompt_key="prompt",
+        answer_key="auto",
+        data_source_key="data_source",
+        split_key="extra_info.split",
+        demonstration_key=config_dict.placeholder(str),
+        chat="plain",
+        shuffle=True,
+        on_bad_row="refuse",  # or "skip"
+        on_long_prompt="refuse",
+        max_prompt_len_tokens=16,
+        max_demonstration_len_tokens=40,
+        max_reference_len_tokens=8,
+    )
+
+    config.warmup = dict(
+        num_steps=300,  # 0 starts RL from random weights
+        steps_per_call=50,
+        batch_size=128,
+        learning_rate=2e-3,
+        lr_warmup_steps=30,
+        weight_decay=0.0,
+    )
+
+    config.rollout = dict(
+        completion_len=40,  # tokens, EOS included
+        num_slots=256,
+        check_every=4,
+        prefill_rows=0,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        stop=(),  # strings that end a completion, besides EOS
+    )
+    config.batch = dict(
+        prompts_per_step=64,
+        group_size=8,
+        train_group_size=8,
+        generated_prompts=64,
+        max_rounds=1,
+        minibatches=2,
+        epochs=1,
+        microbatch_rows=0,
+    )
+
+    config.verify = "graph"  # "graph", "callback", "split" or "overlapped"
+    config.verifier = dict(num_workers=2, deadline_s=5.0)  # not used by "graph"
+    config.reward = call("verdict.reward", right=1.0, wrong=0.0)
+    config.selection = config_dict.placeholder(ml_collections.ConfigDict)
+    config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's
+    config.correction = config_dict.placeholder(ml_collections.ConfigDict)
+    config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.2, dual_clip_ratio=3.0)  # verl's
+    config.aggregation = dict(policy=term("token_mean"))
+    config.objective_scope = "minibatch"  # "microbatch" is for parity with the authors' forks
+    config.regularisers = dict(
+        kl=config_dict.placeholder(ml_collections.ConfigDict),  # dict(estimator, coef, how, divisor)
+        entropy=config_dict.placeholder(ml_collections.ConfigDict),  # dict(coef, how, divisor)
+    )
+
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        lr_warmup_updates=5,
+        lr_decay="constant",  # or "cosine", "linear" to 0 over the run's updates
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        grad_clip=1.0,
+        max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
+    )
+
+    config.evaluation = dict(num_prompts=256, num_samples=4, every=0, num_slots=256)  # every: steps; 0: ends only
+    config.checkpoint = dict(every=40, keep=2)  # steps between checkpoints; the last step is always saved
+    config.log = dict(rollout_groups=2)  # groups of each step written to rollouts/; -1: all
+
+    if arg == "smoke":
+        smoke(config)
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict) -> None:
+    """Shrinks a config until it runs in seconds; methods call it last, so their own values survive."""
+    config.num_steps = 4
+    config.steps_per_call = 2
+    config.model.update(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=64)
+    config.warmup.update(num_steps=4, steps_per_call=2, batch_size=16, lr_warmup_steps=1)
+    config.rollout.update(completion_len=40, num_slots=16)
+    config.batch.update(prompts_per_step=8, group_size=4, train_group_size=4, generated_prompts=8)
+    config.evaluation.update(num_prompts=16, num_samples=2, num_slots=16)
+    config.checkpoint.update(every=2)

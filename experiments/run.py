@@ -1,0 +1,80 @@
+"""python -m experiments.run --config=clipcov.py[:arg] [--config.key=value ...] [--run=DIR] [--resume]
+
+Trains what a config describes and leaves everything about it in one directory.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from experiments import config_files
+
+_RUN = flags.DEFINE_string("run", None, "Directory of the run, below runs/ unless it has a slash; default: a new one.")
+_RESUME = flags.DEFINE_bool("resume", False, "Go on with the run that --run names.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes: jax.distributed from the environment.")
+_CONFIG = config_files.define_flag()
+
+
+def main(_) -> None:
+    config = config_files.checked(_CONFIG.value)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its life story otherwise
+    config_files.prepare_host()
+    if config.model.dtype == "float64":
+        os.environ["JAX_ENABLE_X64"] = "1"
+    import jax
+
+    from rl_reason import build, processes, train, warmup
+    from rl_reason.compilation import CompileClock
+    from rl_reason.interrupts import Interrupts
+    from rl_reason.report.console import Display
+    from rl_reason.report.rundir import RunError, open_run
+    from rl_reason.verifier_pool import VerifierPool
+
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    jax.config.update("jax_compilation_cache_dir", str(warmup.cache_root() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    clock = CompileClock()
+    first = processes.is_first()
+    display = Display(enabled=first)
+    try:
+        experiment = build.build(config)
+        path = run_path(config_files.name_of(sys.argv), first, open_run, processes, config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    run = path
+    interrupts = Interrupts(display.warn)
+    display.info(f"{run.path}: {experiment.parts.plan.describe()}")
+    workers = config.verifier.num_workers
+    with VerifierPool(workers, config.verifier.deadline_s) as pool:
+        session = train.Session(experiment, run, display, pool, clock, interrupts)
+        try:
+            train.train(session)
+        except train.StoppedError as stopped:
+            display.warn(str(stopped))
+            sys.exit(0 if interrupts.requested else 1)
+        except RunError as error:
+            raise SystemExit(f"error: {error}") from error
+
+
+def run_path(config_name, first, open_run, processes, config):
+    """Opens the run directory on the first process and tells the others which it is."""
+    run = None
+    if first:
+        run = open_run(
+            config.to_dict(),
+            config_name=config_name,
+            run=_RUN.value,
+            resume=_RESUME.value,
+            may_change=("checkpoint.*", "log.*", "verifier.*"),
+        )
+    told = processes.broadcast_text(str(pathlib.Path(run.path).absolute()) if run else "")
+    if run is None:
+        run = open_run(config.to_dict(), config_name=config_name, run=told, resume=_RESUME.value, write=False)
+    return run
+
+
+if __name__ == "__main__":
+    app.run(main, argv=config_files.resolved(sys.argv))

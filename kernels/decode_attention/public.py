@@ -1,0 +1,91 @@
+"""Decode attention: one query token a row against its prompt's cache and its own."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import dispatch
+from kernels.decode_attention import xla
+from kernels.decode_attention.cache import check_layer
+
+# One entry an implementation; a backend is one more file and one more line here, chosen in `_choose`.
+IMPLEMENTATIONS = {"xla": xla.decode_attention}
+
+
+def decode_attention(
+    queries: Float[Array, "B H hd"],
+    keys: Float[Array, "*L B S KV hd"],
+    values: Float[Array, "*L B S KV hd"],
+    *,
+    lengths: Int[Array, " B"],
+    prompt_keys: Float[Array, "*L Q P KV hd"] | None = None,
+    prompt_values: Float[Array, "*L Q P KV hd"] | None = None,
+    prompt_lens: Int[Array, " Q"] | None = None,
+    prompt_index: Int[Array, " B"] | None = None,
+    layer: int | Int[Array, ""] | None = None,
+    num_shards: int = 1,
+    soft_cap: float | None = None,
+    window: int | Int[Array, ""] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B H hd"]:
+    """softmax(soft_cap tanh(scale q k / soft_cap)) v over the row's prompt and then its own first ``lengths[b]`` tokens.
+
+    Row b sees ``prompt_keys[prompt_index[b]][: prompt_lens[prompt_index[b]]]`` and ``keys[b, : lengths[b]]``, which
+    counts the token just written. Query head h reads key head ``h // (H / KV)``. Softmax and sums are in fp32 at least;
+    the result has the queries' dtype. A row of length 0 gives zeros. What the caches hold past those lengths may be
+    anything, NaN included.
+
+    ``scale`` defaults to ``hd ** -0.5``. ``window=w`` keeps the last w tokens of prompt and completion together, the
+    query's own included; it may be traced. ``layer`` (may be traced) picks from stacked caches ``[L, ...]``; the prompt
+    caches are then stacked too. ``num_shards=n`` says that rows and prompts lie in n equal contiguous blocks and that
+    ``prompt_index`` counts within the row's own block, so that a sharded leading axis needs no exchange.
+    """
+    check_layer("decode_attention", keys.ndim, layer)
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv = keys.shape[-2]
+    if num_heads % num_kv:
+        raise ValueError(
+            f"decode_attention: queries have {num_heads} heads, not a multiple of the {num_kv} heads of keys; "
+            "repeat or pad the query heads"
+        )
+    prompt = _prompt(prompt_keys, prompt_values, prompt_lens, prompt_index)
+    if prompt is not None:
+        num_prompts = prompt[2].shape[0]
+        if num_shards < 1 or num_rows % num_shards or num_prompts % num_shards:
+            raise ValueError(
+                f"decode_attention: num_shards={num_shards} must divide both the {num_rows} rows and the "
+                f"{num_prompts} prompts; pad them, or use num_shards=1 with a global prompt_index"
+            )
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"decode_attention: soft_cap={soft_cap} must be positive; None for no cap")
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"decode_attention: window={window} must be at least 1 token; None for no window")
+    function = dispatch.named("decode_attention", IMPLEMENTATIONS, implementation or _choose())
+    return function(
+        queries,
+        keys,
+        values,
+        lengths.astype(jnp.int32),
+        prompt,
+        None if layer is None else jnp.asarray(layer).astype(jnp.int32),
+        num_shards,
+        soft_cap,
+        None if window is None else jnp.asarray(window).astype(jnp.int32),
+        head_dim**-0.5 if scale is None else scale,
+    )
+
+
+def _choose() -> str:
+    return "xla"
+
+
+def _prompt(keys, values, lens, index) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None:
+    """The four prompt arguments, all or none of them."""
+    given = dict(prompt_keys=keys, prompt_values=values, prompt_lens=lens, prompt_index=index)
+    missing = [name for name, x in given.items() if x is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise ValueError(f"decode_attention: prompt caches need all of {', '.join(given)}; missing {', '.join(missing)}")
+    return keys, values, lens.astype(jnp.int32), index.astype(jnp.int32)

@@ -1,0 +1,84 @@
+"""Log-probability and entropy of tokens under a vocabulary head, without a second [N, V] array."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import dispatch
+from kernels.entropy_covariance import chunked_xla, reference, row_blocks_xla
+from kernels.entropy_covariance.logits import Head
+
+# One entry an implementation; a backend is one more file and one more line here and in `_choose`.
+IMPLEMENTATIONS = {
+    "reference": reference.token_statistics,
+    "row_blocks_xla": row_blocks_xla.token_statistics,
+    "chunked_xla": chunked_xla.token_statistics,
+}
+
+# Bytes of fp32 logits on a device up to which all at once are faster than blocks that are computed twice.
+FULL_LOGITS_BYTES = {"cpu": 2**22}
+OTHER_FULL_LOGITS_BYTES = 2**28
+ROW_BLOCKS_VOCAB = 2**15  # on a CPU, up to this vocabulary blocks of rows win over blocks of columns
+
+
+class TokenStatistics(NamedTuple):
+    """Per-token statistics of softmax(logits / temperature), nats; fp32, or fp64 for fp64 inputs."""
+
+    logprob: Float[Array, " N"]
+    entropy: Float[Array, " N"]
+    logsumexp: Float[Array, " N"]
+
+
+def token_statistics(
+    hidden: Float[Array, "N D"],
+    unembedding: Float[Array, "D V"],
+    targets: Int[Array, " N"],
+    *,
+    temperature: float | Float[Array, ""],
+    soft_cap: float | None = None,
+    vocab_size: int | None = None,
+    row_shards: int = 1,
+    vocab_shards: int = 1,
+    implementation: str | None = None,
+) -> TokenStatistics:
+    """Statistics of ``z = soft_cap tanh(hidden @ unembedding / soft_cap) / temperature``.
+
+    ``logprob = z[target] - logsumexp(z)``, ``entropy = -sum p log p``, both in nats and differentiable with respect to
+    ``hidden`` and ``unembedding`` (as is ``logsumexp``); ``temperature`` may be traced and is a constant. Products
+    accumulate in fp32 at least. Logits of -inf have probability 0 and add nothing; columns from ``vocab_size`` on are
+    padding and count as -inf. A target outside ``0 .. V - 1`` matches no column: its row's entropy and logsumexp hold
+    and its logprob is ``-logsumexp``, finite, to be masked by the caller. A row without a finite logit gives -inf and
+    NaN.
+
+    ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
+    vocabulary; like the former never [N, V], recomputed in the backward pass) or None, by size. Rows and vocabulary may
+    be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that sizes are
+    judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no column.
+    """
+    vocab = unembedding.shape[1]
+    vocab_size = vocab if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= vocab:
+        raise ValueError(f"token_statistics: vocab_size={vocab_size} must lie in 1 .. {vocab}, the columns of unembedding")
+    if vocab_shards < 1 or vocab % vocab_shards:
+        raise ValueError(
+            f"token_statistics: vocab_shards={vocab_shards} must divide the {vocab} columns of unembedding; "
+            "pad them and name the real number as vocab_size"
+        )
+    if row_shards < 1:
+        raise ValueError(f"token_statistics: row_shards={row_shards} must be at least 1, the default")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"token_statistics: soft_cap={soft_cap} must be positive; None for no cap")
+    name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards) if implementation is None else implementation
+    function = dispatch.named("token_statistics", IMPLEMENTATIONS, name)
+    head = Head(jax.lax.stop_gradient(jnp.asarray(temperature)), soft_cap, vocab_size)
+    return TokenStatistics(*function(hidden, unembedding, targets.astype(jnp.int32), head, row_shards, vocab_shards))
+
+
+def _choose(rows: int, vocab: int) -> str:
+    """By what one device holds; see the measurements in the module docstring."""
+    platform = jax.default_backend()
+    if rows * vocab * 4 <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
+        return "reference"
+    return "row_blocks_xla" if platform == "cpu" and vocab <= ROW_BLOCKS_VOCAB else "chunked_xla"

@@ -1,0 +1,91 @@
+"""Grouped matrix product: consecutive groups of rows, each with its own matrix."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import dispatch
+from kernels.grouped_matmul import blocked_xla, ragged_dot
+
+
+class Implementation(NamedTuple):
+    """``product(lhs, rhs, group_sizes, transpose_rhs, dtype)`` and ``weight_gradient(lhs, g, group_sizes, dtype)``."""
+
+    product: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]  # [E, K, N]: lhs^T g within each group
+
+
+# A backend is one more file and one more line here, chosen in `_choose`.
+IMPLEMENTATIONS = {
+    "ragged_dot": Implementation(ragged_dot.product, ragged_dot.weight_gradient),
+    "blocked_xla": Implementation(blocked_xla.product, blocked_xla.weight_gradient),
+}
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "E _ _"],
+    group_sizes: Int[Array, " E"],
+    *,
+    transpose_rhs: bool = False,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """``out[i] = lhs[i] @ rhs[e]`` where row i lies in group e: the e-th run of ``group_sizes[e]`` rows.
+
+    rhs is [E, K, N], or [E, N, K] with ``transpose_rhs``. Groups may be empty and may sum to less than M: the rows
+    beyond are exact zeros, get zero gradient, and may hold anything. A sum above M is an error that is not checked: what
+    lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default the
+    promoted type of the operands, and gradients have the type of their operand.
+
+    ``implementation``: "ragged_dot" (``jax.lax.ragged_dot``: fast on TPU, dense on CPUs and GPUs), "blocked_xla" (a loop
+    over blocks of rows: what CPUs want) or None, by the platform that it is compiled for.
+    """
+    depth = rhs.shape[2 if transpose_rhs else 1]
+    if depth != lhs.shape[1]:
+        layout = "[E, N, K]" if transpose_rhs else "[E, K, N]"
+        raise ValueError(
+            f"grouped_matmul: lhs {lhs.shape} has K={lhs.shape[1]} columns, but rhs {rhs.shape} read as {layout} has "
+            f"K={depth}; pass transpose_rhs={not transpose_rhs} if its axes are the other way round"
+        )
+    if implementation is not None:
+        dispatch.named("grouped_matmul", IMPLEMENTATIONS, implementation)
+    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
+    return _grouped((implementation, transpose_rhs, dtype), lhs, rhs, group_sizes.astype(jnp.int32))
+
+
+def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.Array:
+    def bound(name):
+        return functools.partial(getattr(IMPLEMENTATIONS[name], method), **static)
+
+    if name is not None:
+        return bound(name)(*operands)
+    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
+    return jax.lax.platform_dependent(*operands, cpu=bound("blocked_xla"), default=bound("ragged_dot"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(static, lhs, rhs, group_sizes):
+    name, transpose_rhs, dtype = static
+    return _run(name, "product", lhs, rhs, group_sizes, transpose_rhs=transpose_rhs, dtype=dtype)
+
+
+def _forward(static, lhs, rhs, group_sizes):
+    return _grouped(static, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _backward(static, residuals, g):
+    name, transpose_rhs, _ = static
+    lhs, rhs, group_sizes = residuals
+    g = g.astype(jnp.result_type(lhs, rhs))
+    d_lhs = _run(name, "product", g, rhs, group_sizes, transpose_rhs=not transpose_rhs, dtype=lhs.dtype)
+    operands = (g, lhs) if transpose_rhs else (lhs, g)
+    d_rhs = _run(name, "weight_gradient", *operands, group_sizes, dtype=rhs.dtype)
+    return d_lhs, d_rhs, None
+
+
+_grouped.defvjp(_forward, _backward)

@@ -1,0 +1,115 @@
+"""Saving and restoring with Orbax: a checkpoint is complete or it is not there."""
+
+import pathlib
+import typing
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or does not fit."""
+
+
+def _is_key(x: typing.Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _unwrap(tree: PyTree) -> PyTree:
+    """Typed keys as their words."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _wrap(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, ref: jax.random.wrap_key_data(x) if _is_key(ref) else x, tree, like)
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _unwrap(tree))
+
+
+def _plain(tree: PyTree) -> dict[str, PyTree]:
+    """A flat dict by path: None leaves vanish, and class names never enter the files."""
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes call every method together."""
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False, step_prefix="step"
+        )
+        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+
+    def save(self, step: int, tree: PyTree, extra: Mapping[str, typing.Any]) -> None:
+        """Saves arrays and JSON as one checkpoint; returns when it is committed."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_plain(_unwrap(tree))), extra=ocp.args.JsonSave(dict(extra))
+            ),
+            force=True,
+        )
+        self._manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All complete steps."""
+        return sorted(self._manager.all_steps())
+
+    def extra(self, step: int) -> dict[str, typing.Any]:
+        """The JSON of a checkpoint."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        return dict(restored["extra"])
+
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """The arrays of a checkpoint in the structure, dtypes and shardings of ``like``.
+
+        Raises:
+            CheckpointError: when the shapes or names differ: it was saved by another model or optimizer.
+        """
+        wanted = _plain(_abstract(like))
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            )["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"Checkpoint {step} of {self._manager.directory} does not fit this config's model, optimizer or loop "
+                f"mode: {str(error)[:500]}"
+            ) from error
+        return _rebuild(restored, like)
+
+    def close(self) -> None:
+        """Waits for writes."""
+        self._manager.close()
+
+
+def _rebuild(flat: Mapping[str, typing.Any], like: PyTree) -> PyTree:
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    leaves = [flat[jax.tree_util.keystr(path)] for path, _ in paths]
+    return _wrap(jax.tree_util.tree_unflatten(treedef, leaves), like)
+
+
+def save_tree(path: pathlib.Path, tree: PyTree) -> None:
+    """Arrays alone, whole or absent: what the caches hold."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), _plain(_unwrap(tree)), force=True)
+
+
+def restore_tree(path: pathlib.Path, like: PyTree) -> PyTree:
+    """What ``save_tree`` wrote, in the structure and shardings of ``like``."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _rebuild(checkpointer.restore(path.absolute(), _plain(_abstract(like))), like)
+
+
+def host_copy(tree: PyTree) -> PyTree:
+    """Numpy arrays of everything, typed keys as words; for comparisons."""
+    return jax.tree.map(np.asarray, _unwrap(tree))

@@ -1,0 +1,43 @@
+"""Listening to the compiler: how long it took, and whether it was called when it should not have been."""
+
+import time
+import typing
+
+import jax
+
+BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+NOTABLE_S = 0.5  # a compilation shorter than this after the first step is not worth a warning
+
+
+class CompileClock:
+    """Seconds spent compiling, and a report of every compilation once ``steady`` was called."""
+
+    def __init__(self):
+        self.seconds, self.programs = 0.0, 0
+        self._on_late: typing.Callable[[str], None] | None = None
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def steady(self, on_late: typing.Callable[[str], None] | None) -> None:
+        """From now on a compilation is a bug and is reported; None: it is expected again."""
+        self._on_late = on_late
+
+    def _heard(self, event: str, seconds: float, **_) -> None:
+        if event != BACKEND_COMPILE:
+            return
+        self.seconds += seconds
+        self.programs += 1
+        if self._on_late is not None and seconds > NOTABLE_S:
+            self._on_late(
+                f"A program was compiled again after the first step ({seconds:.1f} s): some shape, dtype or sharding "
+                "changes between calls. Set JAX_LOG_COMPILES=1 to see which."
+            )
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._began

@@ -1,0 +1,196 @@
+"""Batches of examples through grain: the batch of a step is a pure function of (source, step), and so is resuming.
+
+An iterator's state is the number of the next step, which no process count, thread or prefetched batch enters.
+"""
+
+import typing
+from collections.abc import Callable
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from rl_reason.data.example import Example, Source
+from rl_reason.types import Prompts
+
+MAX_UID = 2**31 - 1  # Prompts.uid is int32
+
+
+@typing.runtime_checkable
+class Tokenizer(typing.Protocol):
+    """Text to token ids, and the ids that frame them."""
+
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def prompt_stream(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    prompt_len: int,
+    reference_len: int | None = None,
+    demonstration_len: int | None = None,
+    rows: range | None = None,
+    num_threads: int = 1,
+    prefetch: int = 2,
+) -> grain.DatasetIterator[Prompts]:
+    """Endless ``Prompts`` of numpy arrays, lengths in tokens; row r of step k is the draw ``k * batch_size + r``.
+
+    ``rows`` are those of the global batch that this process makes, ``reference_len`` and ``demonstration_len`` ask for
+    the oracle's answer and the worked solution.
+
+    Raises:
+        ValueError: on reaching an example that does not fit, naming it, its length and the config key.
+    """
+
+    def batch(uids: list[int]) -> Prompts:
+        examples = [source.example(uid) for uid in uids]
+        prompts = [prompt_tokens(tokenizer, example, prompt_len) for example in examples]
+        reference = demonstration = None
+        if reference_len is not None:
+            answers = [reference_tokens(tokenizer, example, reference_len) for example in examples]
+            reference = pad(answers, reference_len, tokenizer.pad_id)
+        if demonstration_len is not None:
+            worked = [demonstration_tokens(tokenizer, example, demonstration_len) for example in examples]
+            demonstration = pad(worked, demonstration_len, tokenizer.pad_id)
+        return host_prompts(
+            tokens=pad(prompts, prompt_len, tokenizer.pad_id),
+            prompt_len=np.array([len(prompt) for prompt in prompts], np.int32),
+            example_id=np.array([example.example_id for example in examples], np.int32),
+            uid=np.array(uids, np.int32),
+            route=np.array([example.route for example in examples], np.int32),
+            reference=reference,
+            demonstration=demonstration,
+        )
+
+    return _stream(batch, batch_size, rows, num_threads, prefetch)
+
+
+def supervised_stream(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    prompt_len: int,
+    demonstration_len: int,
+    rows: range | None = None,
+    num_threads: int = 1,
+    prefetch: int = 2,
+) -> grain.DatasetIterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless (tokens Int[B T], loss_mask Bool[B T]) of worked solutions, T = prompt_len + demonstration_len tokens.
+
+    A row is BOS, prompt, demonstration, EOS, padding. The mask is on a position whose token is to be predicted: the
+    demonstration's and EOS. Rows, order, state and errors are ``prompt_stream``'s.
+    """
+    width = prompt_len + demonstration_len
+
+    def batch(uids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        examples = [source.example(uid) for uid in uids]
+        prompts = [prompt_tokens(tokenizer, example, prompt_len) for example in examples]
+        worked = [demonstration_tokens(tokenizer, example, demonstration_len) for example in examples]
+        whole = [prompt + rest for prompt, rest in zip(prompts, worked, strict=True)]
+        return pad(whole, width, tokenizer.pad_id), span_mask(prompts, whole, width)
+
+    return _stream(batch, batch_size, rows, num_threads, prefetch)
+
+
+def _stream(
+    batch: Callable[[list[int]], typing.Any], batch_size: int, rows: range | None, num_threads: int, prefetch: int
+) -> grain.DatasetIterator:
+    rows = range(batch_size) if rows is None else rows
+    if not 0 < batch_size <= MAX_UID or not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows {rows} of a batch of {batch_size}: use a non-empty range within the batch.")
+    steps = grain.MapDataset.range(MAX_UID // batch_size)  # as many as uids last: endless in practice
+    batches = steps.map(lambda step: batch([int(step) * batch_size + row for row in rows]))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+
+
+def prompt_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
+    """BOS and the prompt."""
+    tokens = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
+    return _within(tokens, limit, example, "prompt", "BOS included")
+
+
+def reference_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
+    """The oracle's answer, bare."""
+    if example.reference is None:
+        raise ValueError(f"{_name(example)} has no reference answer; set data.answer_key to the column that has it.")
+    return _within(tokenizer.encode(example.reference), limit, example, "reference", "bare")
+
+
+def demonstration_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
+    """The worked completion and EOS."""
+    if example.demonstration is None:
+        raise ValueError(
+            f"{_name(example)} has no demonstration; set data.demonstration_key to the column that has it."
+        )
+    tokens = [*tokenizer.encode(example.demonstration), tokenizer.eos_id]
+    return _within(tokens, limit, example, "demonstration", "EOS included")
+
+
+def _within(tokens: list[int], limit: int, example: Example, what: str, framing: str) -> list[int]:
+    if len(tokens) <= limit:
+        return tokens
+    raise ValueError(
+        f"the {what} of {_name(example)} has {len(tokens)} tokens, {framing}, and data.max_{what}_len_tokens is "
+        f"{limit}. Raise it, or leave such examples out of the data."
+    )
+
+
+def _name(example: Example) -> str:
+    return f"example {example.example_id} of {example.source!r}"
+
+
+def pad(sequences: list[list[int]], width: int, pad_id: int) -> Int[np.ndarray, "B T"]:
+    """Rows from column 0, filled up with ``pad_id``.
+
+    >>> pad([[1], [2, 3]], 3, 0).tolist()
+    [[1, 0, 0], [2, 3, 0]]
+    """
+    out = np.full((len(sequences), width), pad_id, np.int32)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return out
+
+
+def span_mask(starts: list[list[int]], wholes: list[list[int]], width: int) -> Bool[np.ndarray, "B T"]:
+    """True from the end of each start to the end of its whole.
+
+    >>> span_mask([[1]], [[1, 2, 3]], 4).tolist()
+    [[False, True, True, False]]
+    """
+    begin = np.array([len(start) for start in starts])[:, None]
+    end = np.array([len(whole) for whole in wholes])[:, None]
+    column = np.arange(width)
+    return (column >= begin) & (column < end)
+
+
+def host_prompts(
+    *,
+    tokens: Int[np.ndarray, "B P"],
+    prompt_len: Int[np.ndarray, " B"],
+    example_id: Int[np.ndarray, " B"],
+    uid: Int[np.ndarray, " B"],
+    route: Int[np.ndarray, " B"],
+    reference: Int[np.ndarray, "B R"] | None,
+    demonstration: Int[np.ndarray, "B D"] | None,
+) -> Prompts:
+    """``Prompts`` around numpy arrays, not yet on a device; their shapes are checked here.
+
+    Past ``__init__``, because that declares device arrays, and because arrays of one process are not the global ones.
+    """
+    prompts = object.__new__(Prompts)
+    arrays = dict(tokens=tokens, prompt_len=prompt_len, example_id=example_id, uid=uid, route=route)
+    for name, value in (
+        *arrays.items(),
+        ("reference", reference),
+        ("demonstration", demonstration),
+        ("baseline", None),
+    ):
+        object.__setattr__(prompts, name, value)
+    return prompts

@@ -1,0 +1,25 @@
+"""SIGTERM and SIGINT: remember that one came, and let the loop stop where its state can be saved."""
+
+import signal
+import typing
+
+
+class Interrupts:
+    """Install after ``jax.distributed.initialize``, which sets a handler of its own. A second SIGINT stops at once."""
+
+    def __init__(self, announce: typing.Callable[[str], None]):
+        self._announce, self._name = announce, ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._heard)
+
+    @property
+    def requested(self) -> str:
+        """The signal's name, or nothing."""
+        return self._name
+
+    def _heard(self, number: int, _) -> None:
+        if self._name and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self._name = signal.Signals(number).name
+        self._announce(f"{self._name}: saving at the next chunk boundary, then stopping.")

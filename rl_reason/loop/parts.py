@@ -1,0 +1,40 @@
+"""What a loop is made of: everything static about a run, in one place."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+
+import optax
+
+from rl_reason.batch import BatchPlan
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.rollout import RolloutConfig
+from rl_reason.slots import Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The static half of training; ``TrainState`` is the other half."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    plan: BatchPlan
+    slots: Mapping[str, Slot | None]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[typing.Any], typing.Any]  # learning rate by update, for the metrics
+    aggregation: Mapping[str, Mapping[str, typing.Any]]
+    regularisers: Mapping[str, Mapping[str, typing.Any] | None]
+    router_coefs: Mapping[str, float]
+    objective_scope: str  # "minibatch", or "microbatch" for parity with the authors' forks
+    log_groups: int  # groups of each step whose rollouts are handed out; -1 is all
+
+    def wants(self, name: str) -> bool:
+        """Whether any slot or regulariser asks for an array."""
+        if name == "ref_logprobs" and self.regularisers.get("kl"):
+            return True
+        return any(slot is not None and name in slot.wants for slot in self.slots.values())
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen initial policy has to be kept."""
+        return self.wants("ref_logprobs") or self.wants("ref_params")

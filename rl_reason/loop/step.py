@@ -1,0 +1,308 @@
+"""One RL step as pure functions; ``jax.lax.scan`` over ``make_step`` is the compiled loop.
+
+The fused step and the split one (rollout | verifiers | update) are built of the same three functions, so they cannot
+drift apart.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rl_reason import rollout as rollout_lib
+from rl_reason.batch import merge_strided, split_strided
+from rl_reason.loop.parts import Parts
+from rl_reason.loop.update import (
+    Minibatch,
+    apply_gradient,
+    loss_and_gradient,
+    score_rows,
+)
+from rl_reason.masked import masked_mean
+from rl_reason.sampling import Sampling
+from rl_reason.sharding import constrain_rows
+from rl_reason.types import Metrics, Prompts, Rewards, Rollout, TrainState, Verdicts, Verify, struct
+
+ROLLOUT, OBJECTIVE, SELECTION, REWARD = range(4)  # folded into the root key: one stream a purpose
+
+
+@struct
+class Sampled:
+    """What one step shows of itself: the first groups' rollouts, for the logs."""
+
+    tokens: Int[Array, "n T"]
+    prompt_len: Int[Array, " n"]
+    completion_mask: Bool[Array, "n T"]
+    rollout_logprobs: Float[Array, "n T"]
+    uid: Int[Array, " n"]
+    truncated: Bool[Array, " n"]
+    reward: Float[Array, " n"]
+    correct: Float[Array, " n"]
+    valid: Bool[Array, " n"]
+
+
+def sample_phase(
+    parts: Parts, state: TrainState, prompts: Prompts, sampling: Sampling
+) -> tuple[Rollout, Int[Array, ""]]:
+    """Draws the completions of a step. Their randomness is their prompts' ``uid``s, so the step plays no part in it."""
+    key = jax.random.fold_in(state.key, ROLLOUT)
+    return rollout_lib.generate(state.params, prompts, key, sampling, parts.model, parts.rollout)
+
+
+def reward_phase(
+    parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout, verdicts: Verdicts
+) -> tuple[Rewards, Rollout]:
+    """The reward slot; rows whose verifier failed stay invalid whatever it says."""
+    reward = parts.slots["reward"]
+    assert reward is not None
+    out = reward(
+        dict(
+            score=verdicts.score,
+            valid=verdicts.valid,
+            rollout=rollout,
+            prompts=prompts,
+            params=state.params,
+            ref_params=state.ref_params,
+            models=state.models,
+            stats=state.stats,
+            key=_step_key(state, REWARD),
+        )
+    )
+    rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
+    return dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid), rollout
+
+
+def _step_key(state: TrainState, purpose: int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(state.key, purpose), state.step)
+
+
+class Selected(typing.NamedTuple):
+    """The rows to train on, a static number of them, and which of those count."""
+
+    rollout: Rollout
+    rewards: Rewards
+    keep: Bool[Array, " N"]
+    stats: dict
+
+
+def select_phase(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
+    """The selection slot, then stable compaction to prompts_per_step groups of train_group_size rows.
+
+    What is kept moves to the front in its old order; what does not fit is dropped and costs nothing from here on.
+    """
+    plan, selection = parts.plan, parts.slots["selection"]
+    groups = lambda x: x.reshape(-1, plan.group_size)  # noqa: E731
+    valid = groups(rewards.valid)
+    if selection is None:
+        keep, stats = valid, {}
+    else:
+        offered = dict(
+            rewards=groups(rewards.total),
+            correct=groups(rewards.correct),
+            valid=valid,
+            stats=state.stats,
+            step=state.step,
+            key=_step_key(state, SELECTION),
+        )
+        keep, stats = selection(offered)
+        keep = keep & valid
+    groups_in, rows_out = keep.shape[0], plan.prompts_per_step
+    tree = (rollout, rewards, keep.reshape(-1))
+    if plan.train_group_size < plan.group_size:
+        order = jnp.argsort(~keep, axis=1, stable=True)[:, : plan.train_group_size]
+        index = (jnp.arange(groups_in)[:, None] * plan.group_size + order).reshape(-1)
+        tree = _take_rows(tree, index)
+    if rows_out < groups_in:
+        order = jnp.argsort(~keep.any(1), stable=True)[:rows_out]
+        index = (order[:, None] * plan.train_group_size + jnp.arange(plan.train_group_size)).reshape(-1)
+        tree = _take_rows(tree, index)
+    rollout, rewards, kept = tree
+    return Selected(rollout, rewards, kept, stats)
+
+
+def _take_rows(tree, index: Int[Array, " n"]):
+    return jax.tree.map(lambda x: constrain_rows(x[index]), tree)
+
+
+def update_phase(
+    parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards, sampling: Sampling
+) -> tuple[TrainState, Metrics, Bool[Array, " N"]]:
+    """Selection, advantages and all optimizer updates of a step. Returns the kept rows' mask last."""
+    selected = select_phase(parts, state, rollout, rewards)
+    rollout, rewards, keep = selected.rollout, selected.rewards, selected.keep
+    state = dataclasses.replace(state, stats=state.stats | selected.stats)
+    batch, metrics = _training_rows(parts, state, rollout, rewards, keep, sampling)
+    minibatches = split_strided(batch, parts.plan.minibatches, block=parts.plan.train_group_size)
+    key = _step_key(state, OBJECTIVE)
+
+    def one_update(state, index):
+        chosen = jax.tree.map(lambda x: x[index % parts.plan.minibatches], minibatches)
+        loss, measured, grads = loss_and_gradient(
+            parts, state.params, chosen, jax.random.fold_in(key, index), sampling.temperature
+        )
+        state, applied = apply_gradient(parts, state, loss, grads)
+        return state, measured | applied
+
+    state, per_update = jax.lax.scan(one_update, state, jnp.arange(parts.plan.updates_per_step))
+    metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in per_update.items()}
+    metrics["actor/skipped_updates"] = per_update["actor/skipped_updates"].sum()
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, metrics, keep
+
+
+def _training_rows(
+    parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards, keep: Bool[Array, " N"], sampling: Sampling
+) -> tuple[Minibatch, Metrics]:
+    """Everything the updates of a step hold fixed: advantages, and old and reference log-probabilities where asked."""
+    plan = parts.plan
+    groups = lambda x: x.reshape(-1, plan.train_group_size)  # noqa: E731
+    mask = rollout.completion_mask & keep[:, None]
+    on_policy = rewards.valid & ~rollout.off_policy
+    success = masked_mean(groups(rewards.correct), groups(on_policy), axis=1)
+    rows = Minibatch(
+        tokens=rollout.tokens,
+        prompt_len=rollout.prompt_len,
+        row_mask=rollout.completion_mask,
+        completion_mask=mask,
+        rollout_logprobs=rollout.rollout_logprobs,
+        advantages=jnp.zeros_like(rollout.rollout_logprobs),
+        rewards=rewards.total,
+        correct=rewards.correct,
+        success_rate=jnp.repeat(success, plan.train_group_size),
+        off_policy=rollout.off_policy,
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+    early = any(s is not None and "old_logprobs" in s.wants for s in (parts.slots["advantages"],))
+    old = ref = None
+    if plan.updates_per_step > 1 or early:
+        old = _score_in_pieces(parts, state.params, rows, sampling)
+    if parts.wants("ref_logprobs"):
+        ref = _score_in_pieces(parts, state.ref_params, rows, sampling)
+    advantages_slot = parts.slots["advantages"]
+    assert advantages_slot is not None
+    advantages = advantages_slot(
+        dict(
+            rewards=groups(rewards.total),
+            correct=groups(rewards.correct),
+            valid=groups(keep),
+            keep=groups(keep),
+            off_policy=groups(rollout.off_policy),
+            completion_mask=mask,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            token_rewards=rewards.token_rewards,
+        )
+    )
+    if advantages.shape != mask.shape:
+        advantages = jnp.broadcast_to(advantages.reshape(-1, 1), mask.shape)
+    advantages = jnp.where(mask, advantages, 0.0)
+    metrics = _advantage_metrics(advantages, mask)
+    return dataclasses.replace(rows, advantages=advantages, old_logprobs=old, ref_logprobs=ref), metrics
+
+
+def _score_in_pieces(parts: Parts, params, rows: Minibatch, sampling: Sampling) -> Float[Array, "N T"]:
+    """Log-probabilities of all rows, no more of them at a time than a microbatch holds."""
+    pieces = parts.plan.minibatches * parts.plan.microbatches
+    if pieces == 1:
+        return score_rows(parts, params, rows, sampling.temperature).logprobs
+    micro = split_strided(rows, pieces)
+    _, logprobs = jax.lax.scan(
+        lambda _, piece: (None, score_rows(parts, params, piece, sampling.temperature).logprobs), None, micro
+    )
+    return merge_strided(logprobs)
+
+
+def _advantage_metrics(advantages: Float[Array, "N T"], mask: Bool[Array, "N T"]) -> Metrics:
+    some = mask.any()
+    return {
+        "critic/advantages/mean": masked_mean(advantages, mask),
+        "critic/advantages/max": jnp.where(some, jnp.max(jnp.where(mask, advantages, -jnp.inf)), 0.0),
+        "critic/advantages/min": jnp.where(some, jnp.min(jnp.where(mask, advantages, jnp.inf)), 0.0),
+    }
+
+
+def rollout_metrics(
+    parts: Parts, rollout: Rollout, rewards: Rewards, decode_steps: Int[Array, ""]
+) -> Metrics:
+    """What the samples of a step were like, before any selection."""
+    length = rollout.completion_mask.sum(1).astype(rewards.total.dtype)
+    valid = rewards.valid
+    by_group = rewards.total.reshape(-1, parts.plan.group_size)
+    spread = by_group.max(1) - by_group.min(1)
+    as_float = lambda x: x.astype(length.dtype)  # noqa: E731
+    return {
+        "critic/score/mean": masked_mean(rewards.correct, valid),
+        "critic/rewards/mean": masked_mean(rewards.total, valid),
+        "critic/rewards/max": rewards.total.max(),
+        "critic/rewards/min": rewards.total.min(),
+        "reward/error_fraction": 1.0 - as_float(valid).mean(),
+        "frac_reward_zero_std": as_float(spread == 0).mean(),
+        "response_length/mean": length.mean(),
+        "response_length/max": length.max(),
+        "response_length/min": length.min(),
+        "response_length/clip_ratio": as_float(rollout.truncated).mean(),
+        "prompt_length/mean": as_float(rollout.prompt_len).mean(),
+        "perf/total_num_tokens": length.sum() + as_float(rollout.prompt_len).sum(),
+        "perf/slot_occupancy": length.sum() / jnp.maximum(decode_steps * parts.rollout.num_slots, 1),
+    } | {f"reward/{name}": masked_mean(part, valid) for name, part in rewards.parts.items()}
+
+
+def _sampled(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewards) -> Sampled:
+    rows = rollout.tokens.shape[0] if parts.log_groups < 0 else parts.log_groups * parts.plan.group_size
+    whole = Sampled(
+        tokens=rollout.tokens,
+        prompt_len=rollout.prompt_len,
+        completion_mask=rollout.completion_mask,
+        rollout_logprobs=rollout.rollout_logprobs,
+        uid=jnp.repeat(prompts.uid, parts.plan.group_size),
+        truncated=rollout.truncated,
+        reward=rewards.total,
+        correct=rewards.correct,
+        valid=rewards.valid,
+    )
+    return jax.tree.map(lambda x: x[:rows], whole)
+
+
+def learn_phase(
+    parts: Parts,
+    state: TrainState,
+    prompts: Prompts,
+    rollout: Rollout,
+    verdicts: Verdicts,
+    decode_steps: Int[Array, ""],
+    sampling: Sampling,
+) -> tuple[TrainState, Metrics, Sampled]:
+    """Everything after the verdicts: rewards, selection, advantages, updates, metrics."""
+    rewards, rollout = reward_phase(parts, state, prompts, rollout, verdicts)
+    metrics = rollout_metrics(parts, rollout, rewards, decode_steps)
+    state, measured, keep = update_phase(parts, state, rollout, rewards, sampling)
+    metrics |= measured
+    metrics["training/trained_fraction"] = keep.astype(jnp.float32).mean()
+    metrics["training/global_step"] = state.step.astype(jnp.float32)
+    return state, metrics, _sampled(parts, prompts, rollout, rewards)
+
+
+def make_step(parts: Parts, verify: Verify) -> Callable:
+    """The fused step: (state, prompts, sampling) -> (state, (metrics, sampled)); ``verify`` runs inside the program."""
+
+    def step(state: TrainState, prompts: Prompts, sampling: Sampling):
+        rollout, decode_steps = sample_phase(parts, state, prompts, sampling)
+        verdicts = verify(rollout, prompts)
+        state, metrics, sampled = learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)
+        return state, (metrics, sampled)
+
+    return step
+
+
+def make_chunk(parts: Parts, verify: Verify) -> Callable:
+    """K fused steps as one scan: prompts carry a leading [K], metrics and samples come back stacked."""
+    step = make_step(parts, verify)
+
+    def chunk(state: TrainState, prompts: Prompts, sampling: Sampling):
+        return jax.lax.scan(lambda state, drawn: step(state, drawn, sampling), state, prompts)
+
+    return chunk

@@ -1,0 +1,55 @@
+"""Maximum likelihood on demonstrations: the warm-up before RL."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from kernels.entropy_covariance import token_statistics
+from rl_reason.loop.parts import Parts
+from rl_reason.loop.update import apply_gradient
+from rl_reason.masked import masked_mean
+from rl_reason.models import transformer
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.types import Metrics, TrainState, struct
+
+
+@struct
+class Demonstrations:
+    """Prompt and worked solution in one row; the loss is on the solution."""
+
+    tokens: Int[Array, "*K N T"]
+    loss_mask: Bool[Array, "*K N T"]
+
+
+def negative_log_likelihood(
+    params: PyTree, batch: Demonstrations, model: ModelConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """Token-mean -log p of what ``loss_mask`` marks, in nats; column t is scored by column t - 1's output."""
+    rows, width = batch.tokens.shape
+    last = jnp.max(jnp.where(batch.loss_mask, jnp.arange(width), 0), axis=1, keepdims=True)
+    hidden = transformer.forward(params, batch.tokens, jnp.arange(width) <= last, model).hidden[:, :-1]
+    statistics = token_statistics(
+        hidden.reshape(rows * (width - 1), -1),
+        transformer.unembedding(params, model),
+        batch.tokens[:, 1:].reshape(-1),
+        temperature=1.0,
+    )
+    mask = batch.loss_mask[:, 1:].reshape(-1)
+    loss = -masked_mean(statistics.logprob, mask)
+    return loss, {"sft/loss": loss, "sft/entropy": masked_mean(statistics.entropy, mask)}
+
+
+def make_chunk(parts: Parts) -> Callable:
+    """(state, batches [K N T]) -> (state, stacked metrics): K optimizer steps as one scan."""
+
+    def step(state: TrainState, batch: Demonstrations):
+        gradient = jax.value_and_grad(negative_log_likelihood, has_aux=True)
+        (loss, metrics), grads = gradient(state.params, batch, parts.model)
+        state, applied = apply_gradient(parts, state, loss, grads)
+        state = dataclasses.replace(state, step=state.step + 1)
+        return state, metrics | applied
+
+    return lambda state, batches: jax.lax.scan(step, state, batches)

@@ -1,0 +1,220 @@
+"""One optimizer update from a minibatch: the objective in log-probability space, two streamed passes, optax."""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from rl_reason import policy
+from rl_reason.aggregation import aggregate, token_set
+from rl_reason.batch import merge_strided, split_strided
+from rl_reason.loop.parts import Parts
+from rl_reason.masked import masked_mean
+from rl_reason.models import moe
+from rl_reason.models.score import Scores, score
+from rl_reason.types import Metrics, TrainState, struct
+
+
+@struct
+class Minibatch:
+    """Rows as the objective sees them. ``completion_mask`` is already ANDed with keep and valid."""
+
+    tokens: Int[Array, "*m N T"]
+    prompt_len: Int[Array, "*m N"]
+    row_mask: Bool[Array, "*m N T"]  # the completion as sampled: what the model is run on
+    completion_mask: Bool[Array, "*m N T"]
+    rollout_logprobs: Float[Array, "*m N T"]
+    advantages: Float[Array, "*m N T"]
+    rewards: Float[Array, "*m N"]
+    correct: Float[Array, "*m N"]
+    success_rate: Float[Array, "*m N"]
+    off_policy: Bool[Array, "*m N"]
+    old_logprobs: Float[Array, "*m N T"] | None  # None: this is the only update, the ratio is 1
+    ref_logprobs: Float[Array, "*m N T"] | None
+
+
+def score_rows(parts: Parts, params: PyTree, batch: Minibatch, temperature: Float[Array, ""]) -> Scores:
+    """The trainer's forward over the completions of some rows."""
+    return score(
+        params,
+        batch.tokens,
+        batch.prompt_len,
+        batch.row_mask,
+        temperature,
+        parts.model,
+        parts.rollout.completion_len,
+    )
+
+
+def rollout_correction_metrics(
+    old_logprobs: Float[Array, "N T"], rollout_logprobs: Float[Array, "N T"], mask: Bool[Array, "N T"]
+) -> Metrics:
+    """How far the sampler's log-probabilities are from the trainer's on the same tokens and weights."""
+    delta = old_logprobs - rollout_logprobs
+    return {
+        "rollout_corr/abs_diff_mean": masked_mean(jnp.abs(delta), mask),
+        "rollout_corr/abs_diff_max": jnp.max(jnp.where(mask, jnp.abs(delta), 0.0)),
+        "rollout_corr/k3_kl": masked_mean(policy.kl_estimate(rollout_logprobs, old_logprobs, "k3"), mask),
+    }
+
+
+def loss_of_scores(
+    parts: Parts, scores: Scores, batch: Minibatch, key: Key[Array, ""]
+) -> tuple[Float[Array, ""], Metrics]:
+    """Objective, correction, aggregation and regularisers: the loss of a minibatch given its scores."""
+    old_logprobs = batch.old_logprobs
+    if old_logprobs is None:
+        old_logprobs = jax.lax.stop_gradient(scores.logprobs)
+    offered = dict(
+        logprobs=scores.logprobs,
+        entropy=scores.entropy,
+        old_logprobs=old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        completion_mask=batch.completion_mask,
+        rewards=batch.rewards,
+        correct=batch.correct,
+        success_rate=batch.success_rate,
+        off_policy=batch.off_policy,
+        key=key,
+    )
+    objective = parts.slots["objective"]
+    assert objective is not None
+    losses, metrics = objective(offered)
+    terms = losses if isinstance(losses, dict) else {"policy": losses}
+    if set(terms) != set(parts.aggregation):
+        raise ValueError(
+            f"The objective returns the terms {sorted(terms)}, config.aggregation reduces {sorted(parts.aggregation)}; "
+            "make them the same (a single array is the term 'policy')."
+        )
+    correction = parts.slots["correction"]
+    if correction is not None:
+        weight = jax.lax.stop_gradient(correction(offered))
+        metrics = metrics | {"rollout_corr/rollout_is_mean": masked_mean(weight, batch.completion_mask)}
+        terms = {name: loss * weight for name, loss in terms.items()}
+
+    reduced = {}
+    for name, loss in terms.items():
+        how = parts.aggregation[name]
+        over = token_set(how["over"], batch.completion_mask, batch.rewards, batch.off_policy)
+        reduced[name] = how["coef"] * aggregate(loss, over, how["how"], how["divisor"])
+    total = sum(reduced.values(), jnp.zeros((), scores.logprobs.dtype))
+    behaviour = jax.lax.stop_gradient(old_logprobs)
+    metrics = metrics | rollout_correction_metrics(behaviour, batch.rollout_logprobs, batch.completion_mask)
+    metrics |= {"actor/pg_loss": total, "actor/entropy": masked_mean(scores.entropy, batch.completion_mask)}
+    if len(reduced) > 1:
+        metrics |= {f"actor/{name}_loss": value for name, value in reduced.items()}
+    extra, extra_metrics = _regularisers(parts, scores, batch)
+    return total + extra, metrics | extra_metrics
+
+
+def _regularisers(parts: Parts, scores: Scores, batch: Minibatch) -> tuple[Float[Array, ""], Metrics]:
+    total, metrics = jnp.zeros((), scores.logprobs.dtype), {}
+    mask = batch.completion_mask
+    if kl := parts.regularisers.get("kl"):
+        assert batch.ref_logprobs is not None
+        estimate = policy.kl_estimate(scores.logprobs, batch.ref_logprobs, kl["estimator"])
+        metrics["actor/kl_loss"] = aggregate(estimate, mask, kl["how"], kl["divisor"])
+        total += kl["coef"] * metrics["actor/kl_loss"]
+    if entropy := parts.regularisers.get("entropy"):
+        metrics["actor/entropy_loss"] = aggregate(scores.entropy, mask, entropy["how"], entropy["divisor"])
+        total -= entropy["coef"] * metrics["actor/entropy_loss"]
+    if scores.router is not None:
+        metrics["router/balance_loss"] = moe.balance_loss(scores.router)
+        metrics["router/z_loss"] = moe.z_loss(scores.router)
+        total += parts.router_coefs["balance"] * metrics["router/balance_loss"]
+        total += parts.router_coefs["z"] * metrics["router/z_loss"]
+    return total, metrics
+
+
+def loss_and_gradient(
+    parts: Parts, params: PyTree, batch: Minibatch, key: Key[Array, ""], temperature: Float[Array, ""]
+) -> tuple[Float[Array, ""], Metrics, PyTree]:
+    """Loss, metrics and gradient of one minibatch, streamed over microbatches with global denominators.
+
+    Pass 1 collects scores, one VJP of the loss gives their cotangents, pass 2 pulls those back microbatch by microbatch;
+    so no objective knows of microbatches. A single microbatch needs one pass.
+    """
+    pieces = parts.plan.microbatches
+    run = functools.partial(score_rows, parts)
+    if pieces == 1 or parts.objective_scope == "microbatch":
+
+        def whole(params, batch, key):
+            return loss_of_scores(parts, run(params, batch, temperature), batch, key)
+
+        gradient = jax.value_and_grad(whole, has_aux=True)
+        if pieces == 1:
+            (loss, metrics), grads = gradient(params, batch, key)
+            return loss, metrics, grads
+        return _microbatch_scope(gradient, params, batch, key, pieces)
+
+    micro = split_strided(batch, pieces)
+    _, stacked = jax.lax.scan(lambda _, rows: (None, run(params, rows, temperature)), None, micro)
+    router = jax.tree.map(lambda x: x.sum(0), stacked.router)
+    scores = Scores(merge_strided(stacked.logprobs), merge_strided(stacked.entropy), router)
+    loss, pull_back, metrics = jax.vjp(lambda s: loss_of_scores(parts, s, batch, key), scores, has_aux=True)
+    (cotangent,) = pull_back(jnp.ones_like(loss))
+    rows_cotangent = split_strided((cotangent.logprobs, cotangent.entropy), pieces)
+
+    def accumulate(total, piece):
+        rows, (d_logprobs, d_entropy) = piece
+        _, pull_back = jax.vjp(lambda p: run(p, rows, temperature), params)
+        (grads,) = pull_back(Scores(d_logprobs, d_entropy, cotangent.router))
+        return jax.tree.map(jnp.add, total, grads), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = jax.lax.scan(accumulate, zeros, (micro, rows_cotangent))
+    return loss, metrics, grads
+
+
+def _microbatch_scope(gradient, params, batch, key, pieces):
+    """The authors' forks' way: the objective sees one microbatch at a time and results are averaged by rows."""
+
+    def accumulate(total, piece):
+        rows, index = piece
+        (loss, metrics), grads = gradient(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, grads), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    micro = split_strided(batch, pieces), jnp.arange(pieces)
+    grads, (losses, metrics) = jax.lax.scan(accumulate, zeros, micro)
+    mean = functools.partial(jax.tree.map, lambda x: x.mean(0))
+    return losses.mean(), mean(metrics), jax.tree.map(lambda g: g / pieces, grads)
+
+
+class Applied(typing.NamedTuple):
+    """The state after an update, and what it measured."""
+
+    state: TrainState
+    metrics: Metrics
+
+
+def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grads: PyTree) -> Applied:
+    """One optimizer step. A non-finite loss or gradient changes nothing but two counters in ``stats``."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    # Zeros keep NaN out of the optimizer's arithmetic; the select below discards what it makes of them.
+    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+    updates, opt_state = parts.optimizer.update(safe, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    skipped = (~finite).astype(jnp.int32)
+    stats = state.stats | {
+        "skipped_updates": state.stats["skipped_updates"] + skipped,
+        "skipped_in_a_row": jnp.where(finite, 0, state.stats["skipped_in_a_row"] + 1),
+        "updates": state.stats["updates"] + 1 - skipped,
+    }
+    metrics = {
+        "actor/grad_norm": norm,
+        "actor/lr": jnp.asarray(parts.schedule(state.stats["updates"]), norm.dtype),
+        "actor/skipped_updates": skipped.astype(norm.dtype),
+    }
+    new = dataclasses.replace(
+        state, params=choose(params, state.params), opt_state=choose(opt_state, state.opt_state), stats=stats
+    )
+    return Applied(new, metrics)

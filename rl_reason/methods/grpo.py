@@ -1,0 +1,45 @@
+"""GRPO: group-relative advantages and the clipped policy gradient (arXiv:2402.03300)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rl_reason.policy import dual_clip, group_centred, ppo_losses, ppo_metrics, probability_ratio
+from rl_reason.types import Metrics
+
+
+def advantages(
+    rewards: Float[Array, "B G"],
+    valid: Bool[Array, "B G"],
+    *,
+    divide_by_std: bool,
+    ddof: int,
+    std_eps: float,
+) -> Float[Array, "B G"]:
+    """(r - mean) / (std + std_eps) over the valid samples of each group (section 4.1.2); r - mean is Dr.GRPO's.
+
+    Exactly 0 where all valid rewards are equal, where a group has one valid sample, and for invalid rows.
+    ``ddof`` 1 is verl's unbiased standard deviation, 0 the population's.
+    """
+    centred, count, equal = group_centred(rewards, valid)
+    if not divide_by_std:
+        return centred
+    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
+    std = jnp.sqrt(jnp.where(equal, 1.0, variance))
+    return centred / (std + std_eps)
+
+
+def objective(
+    logprobs: Float[Array, "N T"],
+    old_logprobs: Float[Array, "N T"],
+    advantages: Float[Array, "N T"],
+    completion_mask: Bool[Array, "N T"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip_ratio: float | None,
+) -> tuple[Float[Array, "N T"], Metrics]:
+    """Clipped surrogate a token, to be minimised (eq. 3 without its KL term); ``dual_clip_ratio`` None switches that off."""
+    losses, clipped = ppo_losses(probability_ratio(logprobs, old_logprobs), advantages, clip_eps_low, clip_eps_high)
+    if dual_clip_ratio is not None:
+        losses = dual_clip(losses, advantages, dual_clip_ratio)
+    return losses, ppo_metrics(logprobs, old_logprobs, clipped, completion_mask)

@@ -1,0 +1,77 @@
+"""What several methods share: ratios, clipping, KL estimators, group statistics."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rl_reason.masked import masked_mean, masked_sum
+
+LOG_RATIO_LIMIT = 20.0  # nats; exp stays finite in fp32
+
+
+def probability_ratio(logprobs: Float[Array, "N T"], old_logprobs: Float[Array, "N T"]) -> Float[Array, "N T"]:
+    """exp(logprobs - old_logprobs), the exponent clamped to +-20 nats (verl's guard)."""
+    return jnp.exp(jnp.clip(logprobs - old_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def ppo_losses(
+    ratio: Float[Array, "N T"], advantages: Float[Array, "N T"], clip_eps_low: float, clip_eps_high: float
+) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) (arXiv:1707.06347 eq. 7), and where the clip binds."""
+    unclipped = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high)
+    return jnp.maximum(unclipped, clipped), clipped > unclipped
+
+
+def dual_clip(
+    losses: Float[Array, "N T"], advantages: Float[Array, "N T"], dual_clip_ratio: float
+) -> Float[Array, "N T"]:
+    """min(loss, -A c) where A < 0 (arXiv:1912.09729): bounds the push on a wrong token that became likely."""
+    return jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip_ratio), losses)
+
+
+def kl_estimate(
+    logprobs: Float[Array, "N T"], ref_logprobs: Float[Array, "N T"], estimator: str
+) -> Float[Array, "N T"]:
+    """Per-token estimate of KL(policy || reference), d = logprobs - ref_logprobs: k1 d, k2 d^2/2, k3 e^-d + d - 1.
+
+    Only k2's sample gradient is that of the reverse KL. k3's exponent is clamped to +-20, its value to +-10 (verl).
+    """
+    delta = logprobs - ref_logprobs
+    if estimator == "k1":
+        return delta
+    if estimator == "k2":
+        return delta**2 / 2
+    if estimator == "k3":
+        delta = jnp.clip(delta, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return jnp.clip(jnp.exp(-delta) + delta - 1, -10.0, 10.0)
+    raise ValueError(f"estimator={estimator!r}: the KL estimators are k1, k2 and k3.")
+
+
+def ppo_metrics(
+    logprobs: Float[Array, "N T"],
+    old_logprobs: Float[Array, "N T"],
+    clipped: Bool[Array, "N T"],
+    completion_mask: Bool[Array, "N T"],
+) -> dict[str, Float[Array, ""]]:
+    """verl's actor/ppo_kl (mean of old - new, nats) and actor/pg_clipfrac (share of tokens whose clip binds)."""
+    delta = jax.lax.stop_gradient(old_logprobs - logprobs)
+    return {
+        "actor/ppo_kl": masked_mean(delta, completion_mask),
+        "actor/pg_clipfrac": masked_mean(clipped.astype(delta.dtype), completion_mask),
+    }
+
+
+def group_centred(
+    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]
+) -> tuple[Float[Array, "B G"], Float[Array, "B 1"], Bool[Array, "B 1"]]:
+    """(reward - group mean, number of valid rows, whether all valid rewards are equal).
+
+    Exactly 0 for a group whose rewards are all equal, for rows that are not valid, and for groups of one.
+    """
+    count = valid.sum(-1, keepdims=True)
+    highest = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=-1, keepdims=True)
+    lowest = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=-1, keepdims=True)
+    mean = masked_sum(rewards, valid, axis=-1)[:, None] / jnp.maximum(count, 1)
+    equal = highest <= lowest  # the mean of equal rewards may round away from them
+    return jnp.where(valid & ~equal, rewards - mean, 0.0), count.astype(rewards.dtype), equal

@@ -1,0 +1,139 @@
+"""Where verdicts come from: verifiers in graph on token ids, or Python ones on the host, each group asked about once."""
+
+import functools
+import os
+import typing
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from rl_reason.data.example import Example, Source
+from rl_reason.sharding import AXES, ROWS
+from rl_reason.tasks.in_graph import make_verifier
+from rl_reason.types import Prompts, Rollout, Verdicts, Verify
+from rl_reason.verifier_pool import Job, VerifierPool
+
+# (tokens [n T], completion_mask [n T], uid [n]) -> (score [n], valid [n]), all numpy. Must not raise.
+ScoreRows = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+CALLBACK_LIMIT_BYTES = 64 * 1024  # a shard; above it callbacks on several CPU devices can hang jax 0.10
+
+
+def in_graph(task_names: Sequence[str], tokenizer: typing.Any, *, group_size: int, completion_len: int) -> Verify:
+    """Verdicts computed inside the program, on token ids.
+
+    Raises:
+        ValueError: a task without such a verifier, by name.
+    """
+    verifier = make_verifier(task_names, tokenizer)
+
+    def verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
+        if prompts.reference is None or prompts.route is None:
+            raise ValueError("Verifiers in graph need prompts with reference and route; give data.max_reference_len_tokens.")
+        width = rollout.tokens.shape[1]
+        index = jnp.minimum(rollout.prompt_len[:, None] + jnp.arange(completion_len), width - 1)
+        inside = rollout.prompt_len[:, None] + jnp.arange(completion_len) < width
+        spread = lambda x: jnp.repeat(x, group_size, axis=0)  # noqa: E731
+        right = verifier(
+            spread(prompts.tokens),
+            rollout.prompt_len,
+            spread(prompts.reference),
+            jnp.take_along_axis(rollout.tokens, index, axis=1),
+            jnp.take_along_axis(rollout.completion_mask, index, axis=1) & inside,
+            spread(prompts.route),
+        )
+        return Verdicts(right.astype(rollout.rollout_logprobs.dtype), jnp.ones_like(right))
+
+    return verify
+
+
+class HostVerifier:
+    """Asks a pool of killable processes about rows of tokens; a broken verifier makes its rows invalid, nothing else."""
+
+    def __init__(self, source: Source, tokenizer: typing.Any, pool: VerifierPool):
+        self._example: Callable[[int], Example] = functools.lru_cache(maxsize=4096)(source.example)
+        self._tokenizer, self._pool = tokenizer, pool
+        self.last_error: str | None = None  # the newest reason a verifier gave for failing
+
+    def __call__(self, tokens: np.ndarray, completion_mask: np.ndarray, uid: np.ndarray):
+        return self.submit(tokens, completion_mask, uid)()
+
+    def submit(self, tokens: np.ndarray, completion_mask: np.ndarray, uid: np.ndarray):
+        """Starts scoring; the returned function waits for (score [n], valid [n])."""
+        jobs = []
+        for row, mask, draw in zip(tokens, completion_mask, uid, strict=True):
+            example = self._example(int(draw))
+            jobs.append(Job(example.verifier, self._tokenizer.decode(row[mask]), example.problem))
+        future = self._pool.submit(jobs)
+
+        def wait():
+            verdicts = future.result()
+            self.last_error = next((v.why for v in verdicts if not v.valid), self.last_error)
+            score = np.array([v.score for v in verdicts], np.float32)
+            return score, np.array([v.valid for v in verdicts], bool)
+
+        return wait
+
+
+def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int) -> Verify:
+    """Makes a host verifier callable inside the program: each shard of rows asks the host it lives on, once.
+
+    Rows are cut over data and fsdp; along the other axes only index 0 asks and the verdict is summed over them, because
+    replicas that each asked could be told different things and would drift apart.
+    """
+    others = tuple(axis for axis in AXES if axis not in ROWS)
+
+    def on_host(tokens, completion_mask, uid):
+        score, valid = score_rows(np.asarray(tokens), np.asarray(completion_mask), np.asarray(uid))
+        return np.asarray(score, np.float32), np.asarray(valid, bool)
+
+    def ask(tokens, completion_mask, uid):
+        rows = tokens.shape[0]
+        if rows % group_size:
+            raise ValueError(f"A shard of {rows} rows cuts a group of {group_size}; fewer row shards, or more prompts.")
+        shapes = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+
+        def call(*args):
+            return io_callback(on_host, shapes, *args, ordered=False)
+
+        def skip(*_):
+            return jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
+
+        if all(mesh.shape[axis] == 1 for axis in others):
+            return call(tokens, completion_mask, uid)
+        asks = jnp.bool_(True)
+        for axis in others:
+            asks &= jax.lax.axis_index(axis) == 0
+        score, valid = jax.lax.cond(asks, call, skip, tokens, completion_mask, uid)
+        return jax.lax.psum(score, others), jax.lax.psum(valid.astype(jnp.int32), others) > 0
+
+    sharded = jax.shard_map(ask, mesh=mesh, in_specs=P(ROWS), out_specs=P(ROWS), check_vma=False)
+
+    def verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
+        uid = jnp.repeat(prompts.uid, group_size)
+        score, valid = sharded(rollout.tokens, rollout.completion_mask, uid)
+        return Verdicts(score.astype(rollout.rollout_logprobs.dtype), valid)
+
+    return verify
+
+
+def check_callback_threads(rollout_bytes: int, mesh: Mesh) -> None:
+    """Refuses the one set-up in which callbacks hang: jax 0.10, several CPU devices, and too few host threads.
+
+    Raises:
+        ValueError: with the environment variable to set.
+    """
+    devices = mesh.local_mesh.size
+    if jax.default_backend() != "cpu" or devices == 1 or rollout_bytes // devices <= CALLBACK_LIMIT_BYTES:
+        return
+    wanted = devices + (os.cpu_count() or 1)
+    if int(os.environ.get("NPROC", 0)) < wanted:
+        raise ValueError(
+            f"Callbacks of {rollout_bytes // devices} bytes a shard on {devices} CPU devices can hang; "
+            f"set NPROC={wanted} in the environment before Python starts."
+        )

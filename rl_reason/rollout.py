@@ -1,0 +1,353 @@
+"""Sampling completions inside a compiled program: slots, a queue they refill from, and prompt caches held once a group.
+
+A fixed number of slots decodes in lock step. A finished slot takes the next row of its shard's queue in the same step:
+a refill writes an index, because prompt keys and values were computed before the loop and are shared by their group.
+The loop asks "is anything left" only every few steps; that is its one reduction over devices.
+
+Randomness is ``fold_in(key, uid, sample, position)``: a sample depends on its prompt, its weights and its own key, not on
+slot, schedule, batch or device count.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from kernels.decode_attention import decode_attention, write_cache
+from rl_reason import sampling as sampling_lib
+from rl_reason.models import transformer
+from rl_reason.models.attention import keep_keys_values
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.sampling import Sampling
+from rl_reason.sharding import ROWS, constrain, constrain_rows
+from rl_reason.types import Prompts, Rollout, struct
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """The static side of sampling. Lengths in tokens."""
+
+    group_size: int
+    completion_len: int
+    num_slots: int  # rows decoded at a time, over all shards
+    check_every: int  # decode steps between finish checks
+    prefill_rows: int  # prompts prefilled at a time; 0 is all at once
+    eos_id: int
+    pad_id: int
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # token ids; each ends a completion as EOS does
+    num_shards: int = 1  # pieces the rows are cut into; each has its own queue
+
+
+@struct
+class _Slots:
+    """What each decoding slot holds. R shards, W slots, N rows; ``row`` = N/R means idle."""
+
+    row: Int[Array, "R W"]  # its row, local to the shard
+    count: Int[Array, "R W"]  # tokens drawn so far
+    token: Int[Array, "R W"]  # the token it feeds next
+    tail: Int[Array, "R W M"]  # the last tokens drawn, for stop sequences; -1 before the first
+
+
+@struct
+class _Written:
+    """Output buffers, filled as tokens are drawn."""
+
+    tokens: Int[Array, "R N C"]
+    rollout_logprobs: Float[Array, "R N C"]
+    sampled_logprobs: Float[Array, "R N C"]
+    length: Int[Array, "R N"]
+    truncated: Bool[Array, "R N"]
+
+
+class _Queue(typing.NamedTuple):
+    """What a slot needs to know of each row, cut by shard."""
+
+    last_token: Int[Array, "R B"]
+    prompt_len: Int[Array, "R B"]
+    keys: Key[Array, "R N"]
+    limit: Int[Array, "R N"]
+
+
+class _Loop(typing.NamedTuple):
+    slots: _Slots
+    next_row: Int[Array, " R"]
+    written: _Written
+    cache: PyTree
+    steps: Int[Array, ""]
+
+
+def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: RolloutConfig) -> PyTree:
+    """Keys and values of all prompts, [L B P KV hd], some rows at a time so that activations stay small."""
+    tokens = prompts.tokens
+    batch, width = tokens.shape
+
+    def run(tokens, prompt_len):
+        valid = jnp.arange(width) < prompt_len[:, None]
+        return transformer.forward(params, tokens, valid, config, keep_keys_values).cache
+
+    rows = rollout.prefill_rows or batch
+    if batch <= rows:
+        return run(tokens, prompts.prompt_len)
+    if batch % rows or rows % rollout.num_shards:
+        raise ValueError(
+            f"rollout.prefill_rows={rows} must divide {batch} prompts and be a multiple of {rollout.num_shards} shards."
+        )
+    # A chunk takes its share from every shard, so that all devices work on each.
+    shards, chunks = rollout.num_shards, batch // rows
+
+    def cut(x):
+        x = x.reshape(shards, chunks, rows // shards, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(chunks, rows, *x.shape[3:])
+
+    _, cache = jax.lax.scan(lambda _, chunk: (None, run(*chunk)), None, (cut(tokens), cut(prompts.prompt_len)))
+
+    def join(x):  # [chunks L rows ...] -> [L B ...]
+        x = x.reshape(chunks, x.shape[1], shards, rows // shards, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], batch, *x.shape[4:])
+
+    return jax.tree.map(join, cache)
+
+
+def _decode_layers(params, cache, prompt_cache, x, position, attend_with, config: ModelConfig):
+    """Applies all layers to one token a slot, reading and writing the cache in place."""
+    valid = jnp.ones(x.shape[:1], bool)
+
+    def block(layer_params, x, attend):
+        x, cache, _ = transformer.Block(config).apply({"params": layer_params}, x, position, attend, valid)
+        return x, cache
+
+    if config.scan_decode:
+
+        def body(carry, layer_params):
+            x, cache, index = carry
+            x, cache = block(layer_params, x, lambda q, k, v: attend_with(q, k, v, cache, prompt_cache, index))
+            return (x, cache, index + 1), None
+
+        (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), params["layers"])
+        return x, cache
+    new = []
+    for layer_params, layer_cache, layer_prompt in zip(params["layers"], cache, prompt_cache, strict=True):
+        attend = lambda q, k, v, c=layer_cache, p=layer_prompt: attend_with(q, k, v, c, p, None)  # noqa: E731
+        x, layer_cache = block(layer_params, x, attend)
+        new.append(layer_cache)
+    return x, new
+
+
+def _refill(slots: _Slots, finished: Bool[Array, "R W"], next_row: Int[Array, " R"], queue: _Queue, group_size: int):
+    """Gives each finished slot the next row of its shard's queue, in slot order."""
+    rows = queue.keys.shape[1]
+    taken = next_row[:, None] + jnp.cumsum(finished, axis=1, dtype=jnp.int32) - 1
+    row = jnp.where(finished, jnp.minimum(taken, rows), slots.row)
+    first = jnp.take_along_axis(queue.last_token, jnp.minimum(row, rows - 1) // group_size, axis=1)
+    slots = _Slots(
+        row=row,
+        count=jnp.where(finished, 0, slots.count),
+        token=jnp.where(finished, first, slots.token),
+        tail=jnp.where(finished[..., None], -1, slots.tail),
+    )
+    return slots, jnp.minimum(next_row + finished.sum(1, dtype=jnp.int32), rows)
+
+
+def _hits_stop(tail: Int[Array, "R W M"], stop_sequences: tuple[tuple[int, ...], ...]) -> Bool[Array, "R W"]:
+    hit = jnp.zeros(tail.shape[:2], bool)
+    for sequence in stop_sequences:
+        hit |= (tail[..., tail.shape[-1] - len(sequence) :] == jnp.array(sequence)).all(-1)
+    return hit
+
+
+def _store(written: _Written, slots: _Slots, token, full, sampled, ended, truncated) -> _Written:
+    """Writes one drawn token a slot at [row, count]; idle slots point past the end and are dropped."""
+
+    def put(buffer, value):
+        return jax.vmap(lambda b, r, c, v: b.at[r, c].set(v, mode="drop"))(buffer, slots.row, slots.count, value)
+
+    def put_row(buffer, value, where):
+        row = jnp.where(where, slots.row, buffer.shape[1])
+        return jax.vmap(lambda b, r, v: b.at[r].set(v, mode="drop"))(buffer, row, value)
+
+    return _Written(
+        tokens=put(written.tokens, token),
+        rollout_logprobs=put(written.rollout_logprobs, full),
+        sampled_logprobs=put(written.sampled_logprobs, sampled),
+        length=put_row(written.length, slots.count + 1, ended),
+        truncated=put_row(written.truncated, truncated, ended),
+    )
+
+
+def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: ModelConfig, rollout: RolloutConfig):
+    """One decode step of all slots: feed, draw, write out, refill."""
+    shards, rows = queue.keys.shape
+    head = transformer.unembedding(params, config)
+
+    def step(loop: _Loop, _) -> tuple[_Loop, None]:
+        slots = loop.slots
+        width = slots.row.shape[1]
+        active = slots.row < rows
+        row = jnp.minimum(slots.row, rows - 1)
+        prompt = row // rollout.group_size
+        prompt_len = jnp.take_along_axis(queue.prompt_len, prompt, axis=1)
+        flat = lambda x: constrain_rows(x.reshape(shards * width, *x.shape[2:]))  # noqa: E731
+        count = flat(slots.count)
+
+        def attend_with(q, k, v, cache, prompt_cache, index):
+            keys = write_cache(cache[0], k, count, layer=index)
+            values = write_cache(cache[1], v, count, layer=index)
+            out = decode_attention(
+                q,
+                keys,
+                values,
+                lengths=count + 1,
+                prompt_keys=prompt_cache[0],
+                prompt_values=prompt_cache[1],
+                prompt_lens=queue.prompt_len.reshape(-1) - 1,
+                prompt_index=flat(prompt),
+                num_shards=shards,
+                layer=index,
+            )
+            return out, (keys, values)
+
+        x = constrain_rows(transformer.embed(params, flat(slots.token), config))
+        position = flat(prompt_len) - 1 + count
+        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, position, attend_with, config)
+        logits = transformer.final_norm(params, x, config) @ head
+
+        keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)
+        drawn = sampling_lib.sample(keys, logits, sampling)
+        token, full, sampled = (x.reshape(shards, width) for x in drawn)
+
+        tail = jnp.concatenate([slots.tail[..., 1:], token[..., None]], axis=-1)
+        stopped = (token == rollout.eos_id) | _hits_stop(tail, rollout.stop_sequences)
+        limit = jnp.take_along_axis(queue.limit, row, axis=1)
+        ended = active & (stopped | (slots.count + 1 >= limit))
+        written = _store(loop.written, slots, token, full, sampled, ended, ended & ~stopped)
+        moved = _Slots(slots.row, slots.count + 1, token, tail)
+        refilled, next_row = _refill(moved, ended, loop.next_row, queue, rollout.group_size)
+        # An idle slot stays at position 0: it must not run past the end of its cache.
+        refilled = dataclasses.replace(refilled, count=jnp.where(refilled.row < rows, refilled.count, 0))
+        return _Loop(refilled, next_row, written, cache, loop.steps + active.any()), None
+
+    return step
+
+
+def _row_keys(key: Key[Array, ""], uid: Int[Array, " B"], group_size: int) -> Key[Array, "B G"]:
+    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, uid)
+    return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(group_size)))(of_prompt)
+
+
+def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) -> _Loop:
+    """All slots filled from the head of each shard's queue, caches and buffers empty."""
+    shards, rows = queue.keys.shape
+    width, length = rollout.num_slots // shards, rollout.completion_len
+    longest = max((len(s) for s in rollout.stop_sequences), default=1)
+    shape = (rollout.num_slots, length, config.num_kv_heads, config.head_dim)
+    if config.scan_decode:
+        empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS)
+        cache: PyTree = (empty, empty)
+    else:
+        empty = constrain_rows(jnp.zeros(shape, config.dtype))
+        cache = [(empty, empty) for _ in range(config.num_layers)]
+    idle = _Slots(
+        row=jnp.full((shards, width), rows, jnp.int32),
+        count=jnp.zeros((shards, width), jnp.int32),
+        token=jnp.zeros((shards, width), jnp.int32),
+        tail=jnp.full((shards, width, longest), -1, jnp.int32),
+    )
+    slots, next_row = _refill(
+        idle, jnp.ones((shards, width), bool), jnp.zeros(shards, jnp.int32), queue, rollout.group_size
+    )
+    buffer = jnp.zeros((shards, rows, length), dtype)
+    written = _Written(
+        tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
+        rollout_logprobs=buffer,
+        sampled_logprobs=buffer,
+        length=jnp.zeros((shards, rows), jnp.int32),
+        truncated=jnp.zeros((shards, rows), bool),
+    )
+    slots, written = constrain_rows((slots, written))
+    return _Loop(slots, next_row, written, cache, jnp.int32(0))
+
+
+def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Rollout:
+    """Rows of prompt, completion, padding without gaps, from the prompt and completion buffers."""
+    batch, prompt_width = prompts.tokens.shape
+    rows, width = batch * rollout.group_size, prompt_width + rollout.completion_len
+    flat = jax.tree.map(lambda x: constrain_rows(x.reshape(rows, *x.shape[2:])), written)
+    spread = lambda x: constrain_rows(jnp.repeat(x, rollout.group_size, axis=0))  # noqa: E731
+    prompt_len = spread(prompts.prompt_len)
+    index = jnp.arange(width) - prompt_len[:, None]  # position in the completion
+    mask = (index >= 0) & (index < flat.length[:, None])
+
+    def place(x):
+        moved = jnp.take_along_axis(x, jnp.clip(index, 0, rollout.completion_len - 1), axis=1)
+        return jnp.where(mask, moved, jnp.zeros((), x.dtype))
+
+    prompt_tokens = spread(jnp.pad(prompts.tokens, ((0, 0), (0, rollout.completion_len))))
+    tokens = jnp.where(jnp.arange(width) < prompt_len[:, None], prompt_tokens, rollout.pad_id)
+    return Rollout(
+        tokens=jnp.where(mask, place(flat.tokens), tokens),
+        prompt_len=prompt_len,
+        completion_mask=mask,
+        rollout_logprobs=place(flat.rollout_logprobs),
+        sampled_logprobs=place(flat.sampled_logprobs),
+        prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rollout.group_size),
+        truncated=flat.truncated,
+        off_policy=jnp.zeros(rows, bool),
+    )
+
+
+def check(rollout: RolloutConfig, batch: int) -> None:
+    """Refuses a batch that the slots and shards cannot hold, before anything is traced.
+
+    Raises:
+        ValueError: with the derived values.
+    """
+    shards = rollout.num_shards
+    if batch % shards or rollout.num_slots % shards or rollout.num_slots < shards:
+        raise ValueError(
+            f"{batch} prompts and rollout.num_slots={rollout.num_slots} must both be multiples of the {shards} row "
+            "shards (mesh data x fsdp)."
+        )
+
+
+def generate(
+    params: PyTree,
+    prompts: Prompts,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    config: ModelConfig,
+    rollout: RolloutConfig,
+    max_new_tokens: Int[Array, " N"] | None = None,
+) -> tuple[Rollout, Int[Array, ""]]:
+    """Draws ``group_size`` completions a prompt. Returns them and the number of decode steps the slots ran.
+
+    ``max_new_tokens`` limits single rows, from 1 to ``completion_len``.
+
+    Raises:
+        ValueError: prompts, slots and shards that do not divide.
+    """
+    batch = prompts.tokens.shape[0]
+    check(rollout, batch)
+    shards, rows = rollout.num_shards, batch * rollout.group_size
+    by_shard = lambda x: constrain_rows(x.reshape(shards, -1, *x.shape[1:]))  # noqa: E731
+    last = jnp.take_along_axis(prompts.tokens, prompts.prompt_len[:, None] - 1, axis=1)[:, 0]
+    full = jnp.full(rows, rollout.completion_len, jnp.int32)
+    queue = _Queue(
+        last_token=by_shard(last),
+        prompt_len=by_shard(prompts.prompt_len),
+        keys=by_shard(_row_keys(key, prompts.uid, rollout.group_size).reshape(-1)),
+        limit=by_shard(full if max_new_tokens is None else jnp.clip(max_new_tokens, 1, rollout.completion_len)),
+    )
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token
+    prompt_cache = prefill(params, prompts, config, rollout)
+    if not config.scan_decode:  # one array a layer: a slice of a stack would be copied at every step
+        unstack = lambda tree: [transformer.layer(tree, i) for i in range(config.num_layers)]  # noqa: E731
+        params, prompt_cache = params | {"layers": unstack(params["layers"])}, unstack(prompt_cache)
+
+    step = _make_step(params, queue, prompt_cache, sampling, config, rollout)
+    body = lambda loop: jax.lax.scan(step, loop, length=rollout.check_every)[0]  # noqa: E731
+    start = _start(config, rollout, queue, jnp.promote_types(config.dtype, jnp.float32))
+    local_rows = rows // shards
+    loop = jax.lax.while_loop(lambda loop: (loop.slots.row < local_rows).any(), body, start)
+    return _assemble(loop.written, prompts, rollout), loop.steps

@@ -1,0 +1,113 @@
+"""The mesh, and the one table that says how each parameter is cut over it.
+
+Axes: ``data`` and ``fsdp`` cut the rows of a batch, ``fsdp`` and ``tensor`` cut the weights, ``expert`` cuts experts.
+All are ``AxisType.Auto``: the compiler propagates, and the few constraints below pin what it must not guess.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+AXES = ("data", "fsdp", "tensor", "expert")
+ROWS = ("data", "fsdp")  # what a batch's rows are cut over
+
+# First match wins. Layer parameters carry a leading stacked axis, which is never cut. MoE kernels are [L, E, in, out].
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed$", P("tensor", "fsdp")),
+    (r"unembed$", P("fsdp", "tensor")),
+    (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"layers/attention/out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/moe/router$", P(None, "fsdp", None)),
+    (r"layers/moe/(gate|up)$", P(None, "expert", "fsdp", "tensor")),
+    (r"layers/moe/down$", P(None, "expert", "tensor", "fsdp")),
+    (r"(norm|q_norm|k_norm)(/scale)?$", P()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
+    """A mesh of the four axes over all devices; one size may be -1 for "what is left".
+
+    Raises:
+        ValueError: unknown axes, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"mesh: unknown axes {sorted(unknown)}; the axes are {', '.join(AXES)}.")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    rest = math.prod(s for s in shape if s != -1)
+    if shape.count(-1) == 1 and len(devices) % rest == 0:
+        shape = [len(devices) // rest if s == -1 else s for s in shape]
+    if math.prod(shape) != len(devices):
+        given = ", ".join(f"{a}={sizes.get(a, 1)}" for a in AXES)
+        raise ValueError(f"mesh({given}) does not cover {len(devices)} devices; make the product {len(devices)}.")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices))
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many pieces a batch's rows are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def path_name(path: tuple) -> str:
+    """'layers/attention/q/kernel' for a tree path."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The table's spec for one parameter, less the axes that do not divide its shape.
+
+    Raises:
+        ValueError: no rule matches; add one to PARTITION_RULES.
+    """
+    for pattern, spec in PARTITION_RULES:
+        if re.search(pattern, name):
+            break
+    else:
+        raise ValueError(f"No partition rule matches parameter {name!r} {shape}; add one to sharding.PARTITION_RULES.")
+    parts = list(spec) + [None] * (len(shape) - len(spec))
+    return P(*(a if a is not None and n % mesh.shape[a] == 0 else None for a, n in zip(parts, shape, strict=True)))
+
+
+def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
+    """A NamedSharding for every parameter of a tree (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, param_spec(path_name(path), x.shape, mesh)), params
+    )
+
+
+def like_params(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings for a state tree: leaves that mirror a parameter (by path suffix and shape) follow it, others replicate.
+
+    Optimizer moments carry the parameters' paths below their own, so the longest matching suffix names the parameter.
+    """
+    known = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path, leaf):
+        name = path_name(path)
+        for start in (0, *(m.end() for m in re.finditer("/", name))):
+            if known.get(name[start:]) == leaf.shape:
+                return NamedSharding(mesh, param_spec(name[start:], leaf.shape, mesh))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain(x: PyTree, *spec) -> PyTree:
+    """Pins every leaf to ``P(*spec)`` of the mesh in use; without a mesh (``jax.set_mesh``) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P(*spec)), x)
+
+
+def constrain_rows(x: PyTree) -> PyTree:
+    """Cuts the leading axis over data and fsdp."""
+    return constrain(x, ROWS)

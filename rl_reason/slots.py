@@ -1,0 +1,104 @@
+"""Turns ``call("clip_cov.objective", ...)`` of a config into a bound function that is given what it asks for by name.
+
+Positional parameters name arrays that the loop offers; asking is the switch. Keyword-only parameters are hyperparameters:
+none has a default in code, and the config supplies exactly those.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+
+import rl_reason.methods
+
+OFFERED: dict[str, frozenset[str]] = {
+    "reward": frozenset("score valid rollout prompts params ref_params models stats key".split()),
+    "selection": frozenset("rewards correct valid stats step key".split()),
+    "advantages": frozenset(
+        "rewards correct valid keep off_policy completion_mask old_logprobs ref_logprobs token_rewards".split()
+    ),
+    "correction": frozenset("old_logprobs rollout_logprobs off_policy completion_mask".split()),
+    "objective": frozenset(
+        "logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask rewards correct "
+        "success_rate off_policy key".split()
+    ),
+}
+OPTIONAL = frozenset({"selection", "correction"})  # slots that a config may leave None
+
+
+class Slot(typing.NamedTuple):
+    """A function with its hyperparameters bound, and the names of the arrays it wants."""
+
+    fn: Callable
+    wants: frozenset[str]
+
+    def __call__(self, offered: Mapping[str, typing.Any]):
+        return self.fn(**{name: offered[name] for name in self.wants})
+
+
+def did_you_mean(name: str, known) -> str:
+    """' Did you mean ...?', or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _find(slot: str, path: str) -> Callable:
+    module, _, name = path.partition(".")
+    modules = [m.name for m in pkgutil.iter_modules(rl_reason.methods.__path__)]
+    if module not in modules:
+        raise ValueError(
+            f"config.{slot}.fn={path!r}: no module rl_reason/methods/{module}.py.{did_you_mean(module, modules)} "
+            f"There are: {', '.join(modules)}."
+        )
+    found = importlib.import_module(f"rl_reason.methods.{module}")
+    functions = [n for n, f in vars(found).items() if inspect.isfunction(f) and f.__module__ == found.__name__]
+    if name not in functions:
+        raise ValueError(
+            f"config.{slot}.fn={path!r}: {module} has no function {name!r}.{did_you_mean(name, functions)} "
+            f"It has: {', '.join(functions)}."
+        )
+    return getattr(found, name)
+
+
+def resolve(slot: str, cfg: Mapping[str, typing.Any]) -> Slot:
+    """Finds a slot's function in rl_reason.methods and binds its hyperparameters.
+
+    Raises:
+        ValueError: an unknown function, hyperparameters missing or unknown, or arrays that the slot does not offer.
+    """
+    fn = _find(slot, cfg["fn"])
+    given = {k: v for k, v in cfg.items() if k != "fn"}
+    parameters = inspect.signature(fn).parameters.values()
+    wants = frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    hypers = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    missing, unknown = sorted(hypers - set(given)), sorted(set(given) - hypers)
+    if missing or unknown:
+        hints = "".join(did_you_mean(name, hypers) for name in unknown)
+        raise ValueError(
+            f"config.{slot} = call({cfg['fn']!r}, ...): missing {missing}, unknown {unknown}.{hints} "
+            f"Hyperparameters have no defaults in code; {cfg['fn']} takes exactly {sorted(hypers)}."
+        )
+    if foreign := sorted(wants - OFFERED[slot]):
+        raise ValueError(
+            f"{cfg['fn']} asks for {foreign}; the {slot} slot offers {sorted(OFFERED[slot])}. "
+            "Make hyperparameters keyword-only."
+        )
+    return Slot(functools.partial(fn, **given), wants)
+
+
+def resolve_all(config: Mapping[str, typing.Any]) -> dict[str, Slot | None]:
+    """Every slot of a config; optional ones may be None.
+
+    Raises:
+        ValueError: from ``resolve``, or a required slot that is None.
+    """
+    slots: dict[str, Slot | None] = {}
+    for slot in OFFERED:
+        cfg = config[slot]
+        if cfg is None and slot not in OPTIONAL:
+            raise ValueError(f"config.{slot} is None; only {sorted(OPTIONAL)} may be left out.")
+        slots[slot] = None if cfg is None else resolve(slot, cfg)
+    return slots

@@ -1,0 +1,103 @@
+"""The supervised warm-up: worked solutions before rewards, cached by the hash of everything that made it."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+import typing
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+import rl_reason
+from rl_reason import build, checkpoint, processes
+from rl_reason.data.stream import supervised_stream
+from rl_reason.loop import supervised
+
+ROOT = pathlib.Path(rl_reason.__file__).parent
+MADE_BY = ("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py")
+
+
+class WarmedUp(typing.NamedTuple):
+    """Parameters, the seconds it took, and whether they came from the cache."""
+
+    params: PyTree
+    seconds: float
+    cached: bool
+
+
+def cache_root() -> pathlib.Path:
+    """RL_REASON_CACHE, or ~/.cache/rl_reason: warm-up checkpoints and compiled programs."""
+    return pathlib.Path(os.environ.get("RL_REASON_CACHE", "~/.cache/rl_reason")).expanduser()
+
+
+def fingerprint(experiment: build.Experiment) -> str:
+    """A name for these warm-up weights: config, tokenizer, data, code and jax."""
+    config = experiment.config
+    digest = hashlib.sha256()
+    parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
+    parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
+    parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
+    parts |= dict(source=experiment.train.fingerprint, jax=jax.__version__, backend=jax.default_backend())
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name in MADE_BY:
+        files = sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def warm_up(experiment: build.Experiment, on_step: typing.Callable[[int, dict[str, float]], None]) -> WarmedUp:
+    """Weights to start RL from; ``on_step(step, metrics)`` hears of every chunk."""
+    began = time.perf_counter()
+    params = build.init_params(experiment)
+    if not experiment.config.warmup.num_steps:
+        return WarmedUp(params, 0.0, False)
+    place = cache_root() / "warmup" / fingerprint(experiment)
+    if (place / "done").exists():
+        try:
+            return WarmedUp(checkpoint.restore_tree(place / "params", params), time.perf_counter() - began, True)
+        except (ValueError, OSError, KeyError):
+            if processes.is_first():
+                shutil.rmtree(place, ignore_errors=True)  # a damaged cache entry is made again
+    params = train(experiment, params, on_step)
+    checkpoint.save_tree(place / "params", params)
+    if processes.is_first():
+        (place / "done").write_text(json.dumps(experiment.config.warmup.to_dict()))
+    return WarmedUp(params, time.perf_counter() - began, False)
+
+
+def train(
+    experiment: build.Experiment,
+    params: PyTree,
+    on_step: typing.Callable[[int, dict[str, float]], None],
+    num_steps: int | None = None,
+    keep_going: typing.Callable[[], bool] = lambda: True,
+) -> PyTree:
+    """Maximum likelihood on worked solutions for ``num_steps`` (the config's), or until ``keep_going`` says no."""
+    config, parts = experiment.config, experiment.supervised
+    w = config.warmup
+    rows = build.rows_sharding(experiment.mesh, leading=1)
+    stream = supervised_stream(
+        experiment.train,
+        experiment.tokenizer,
+        batch_size=w.batch_size,
+        prompt_len=config.data.max_prompt_len_tokens,
+        demonstration_len=config.data.max_demonstration_len_tokens,
+        rows=processes.local_rows(build.rows_sharding(experiment.mesh), w.batch_size),
+    )
+    chunk = jax.jit(supervised.make_chunk(parts), donate_argnums=0)
+    state = build.init_state(experiment, parts, params)
+    for done in range(0, w.num_steps if num_steps is None else num_steps, w.steps_per_call):
+        if not keep_going():
+            break
+        drawn = [next(stream) for _ in range(w.steps_per_call)]
+        stacked = supervised.Demonstrations(*(np.stack(x) for x in zip(*drawn, strict=True)))
+        state, metrics = chunk(state, processes.to_global(stacked, rows))
+        last = {name: float(x[-1]) for name, x in processes.to_host(metrics).items()}
+        tokens = float(stacked.loss_mask.sum())
+        on_step(done + w.steps_per_call, last | {"loss": last["sft/loss"], "tokens": tokens})
+    return state.params
