@@ -4,7 +4,6 @@ import difflib
 import os
 import pathlib
 import re
-import sys
 
 import ml_collections
 from absl import flags
@@ -53,7 +52,8 @@ def name_of(argv: list[str]) -> str:
 
 def define_flag():
     """The --config flag. Unknown keys are refused with the nearest name, wrong types with both types."""
-    return config_flags.DEFINE_config_file("config", None, "A file of configs/, with an optional :arg.", lock_config=True)
+    about = "A file of configs/, with an optional :arg."
+    return config_flags.DEFINE_config_file("config", None, about, lock_config=True)
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
@@ -71,14 +71,29 @@ def prepare_host() -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses flags with absl's errors shortened to one line that names the cure."""
+    """Parses flags; what is wrong with one is said in a line, with the cure.
+
+    Raises:
+        SystemExit: an unknown flag or key, a value of another type, or a config file that refuses its argument.
+    """
+    words = resolved(argv)
     try:
-        return flags.FLAGS(resolved(argv))
+        return flags.FLAGS(words)
     except flags.Error as error:
-        raise SystemExit(f"error: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        text = re.sub(r"\s+", " ", str(error)).strip('"')
-        raise SystemExit(f"error: {text}") from error
+        raise SystemExit(f"error: {_shorter(str(error))}") from None
+    except (AttributeError, KeyError) as error:  # how ml_collections refuses a key
+        key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean [^?]*\?", str(error))
+        given = next((word for word in words if key and word.startswith("--config.") and key[0] in word), "--config")
+        cure = hint[0] if hint else "configs/base.py has every key there is."
+        raise SystemExit(f"error: {given}: there is no key {key[0] if key else '?'!r}. {cure}") from None
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"error: {_shorter(str(error))}") from None
 
 
-__all__ = ["checked", "define_flag", "known", "name_of", "parse", "resolved", "sys"]
+def _shorter(text: str) -> str:
+    """One line; of a traceback that ml_collections wraps, the exception and where it was raised."""
+    if "Traceback (most recent call last)" in text:
+        text, _, trace = text.partition("Error whilst parsing config file")
+        file, line = re.findall(r'File "([^"]+)", line (\d+)', trace)[-1]
+        text += f"{trace.strip().splitlines()[-1]} ({os.path.basename(file)}:{line})"
+    return re.sub(r"\s+", " ", text).strip()

@@ -13,11 +13,20 @@ from experiments import config_files
 
 _RUN = flags.DEFINE_string("run", None, "Directory of the run, below runs/ unless it has a slash; default: a new one.")
 _RESUME = flags.DEFINE_bool("resume", False, "Go on with the run that --run names.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes: jax.distributed from the environment.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join other processes, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the cluster says.",
+)
 _CONFIG = config_files.define_flag()
 
 
-def main(_) -> None:
+def main(argv: list[str]) -> None:
+    """From flags to the closing summary; whatever the user can mend ends in a message that starts "error:"."""
+    if argv[1:]:
+        raise SystemExit(
+            f"error: unexpected {argv[1]!r}; write --name=value, and --config=FILE.py for the experiment."
+        )
     config = config_files.checked(_CONFIG.value)
     logging.set_verbosity(logging.WARNING)  # Orbax tells its life story otherwise
     config_files.prepare_host()
@@ -26,14 +35,19 @@ def main(_) -> None:
     import jax
 
     from rl_reason import build, processes, train, warmup
+    from rl_reason.checkpoint import CheckpointError
     from rl_reason.compilation import CompileClock
+    from rl_reason.data.stream import ExampleError
     from rl_reason.interrupts import Interrupts
     from rl_reason.report.console import Display
     from rl_reason.report.rundir import RunError, open_run
     from rl_reason.verifier_pool import VerifierPool
 
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        try:
+            processes.join()
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
     jax.config.update("jax_compilation_cache_dir", str(warmup.cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     clock = CompileClock()
@@ -41,10 +55,9 @@ def main(_) -> None:
     display = Display(enabled=first)
     try:
         experiment = build.build(config)
-        path = run_path(config_files.name_of(sys.argv), first, open_run, processes, config)
+        run = run_path(config_files.name_of(config_files.resolved(sys.argv)), first, open_run, processes, config)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    run = path
     interrupts = Interrupts(display.warn)
     display.info(f"{run.path}: {experiment.parts.plan.describe()}")
     workers = config.verifier.num_workers
@@ -55,26 +68,31 @@ def main(_) -> None:
         except train.StoppedError as stopped:
             display.warn(str(stopped))
             sys.exit(0 if interrupts.requested else 1)
-        except RunError as error:
+        except (RunError, CheckpointError, ExampleError) as error:
             raise SystemExit(f"error: {error}") from error
 
 
 def run_path(config_name, first, open_run, processes, config):
-    """Opens the run directory on the first process and tells the others which it is."""
-    run = None
+    """Opens the run directory on the first process and tells the others which it is, or that it was refused."""
+    run, refusal = None, None
     if first:
-        run = open_run(
-            config.to_dict(),
-            config_name=config_name,
-            run=_RUN.value,
-            resume=_RESUME.value,
-            may_change=("checkpoint.*", "log.*", "verifier.*"),
-        )
+        try:
+            run = open_run(
+                config.to_dict(),
+                config_name=config_name,
+                run=_RUN.value,
+                resume=_RESUME.value,
+                may_change=("checkpoint.*", "log.*", "verifier.*"),
+            )
+        except (ValueError, OSError) as error:
+            refusal = error
     told = processes.broadcast_text(str(pathlib.Path(run.path).absolute()) if run else "")
-    if run is None:
-        run = open_run(config.to_dict(), config_name=config_name, run=told, resume=_RESUME.value, write=False)
-    return run
+    if refusal is not None:
+        raise refusal
+    if not told:
+        raise ValueError("the first process could not open the run directory; its own error says why.")
+    return run or open_run(config.to_dict(), config_name=config_name, run=told, resume=_RESUME.value, write=False)
 
 
 if __name__ == "__main__":
-    app.run(main, argv=config_files.resolved(sys.argv))
+    app.run(main, flags_parser=config_files.parse)

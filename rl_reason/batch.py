@@ -6,7 +6,7 @@ how many devices there are.
 """
 
 import dataclasses
-import typing
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class BatchPlan:
         if problems:
             raise ValueError("config.batch does not divide: " + "; ".join(problems) + f". Derived: {self.describe()}")
 
-    def _misfits(self) -> typing.Iterator[str]:
+    def _misfits(self) -> Iterator[str]:
         share = self.prompts_per_step / self.minibatches
         if self.prompts_per_step % self.minibatches:
             yield f"prompts_per_step={self.prompts_per_step} / minibatches={self.minibatches} = {share:g} prompts"

@@ -59,7 +59,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         ValueError: whatever is wrong with it, naming the key and the cure.
     """
     _check_run(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
     train, heldout = (make_source_of(config, tokenizer, split) for split in ("train", "heldout"))
     for name in train.verifiers:
@@ -76,20 +76,20 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     if config.rollout.temperature <= 0:
         raise ValueError("config.rollout.temperature must be above 0 for training: a greedy policy has no gradient.")
     make_sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
-    _check_regularisers(config.regularisers)
+    _check_regularisers(config.regularisers.to_dict())
     reduced = config.aggregation.to_dict()
     aggregation.check(reduced)
-    o = config.optimizer
+    o = config.optimizer.to_dict()
     schedule = rl_schedule(o, config.num_steps * plan.updates_per_step)
     parts = Parts(
         model=model,
         rollout=rollout,
         plan=plan,
-        slots=slots.resolve_all(config),
+        slots=slots.resolve_all(config.to_dict()),
         optimizer=adamw(o, schedule),
         schedule=schedule,
         aggregation=reduced,
-        regularisers={k: None if v is None else v.to_dict() for k, v in config.regularisers.items()},
+        regularisers=config.regularisers.to_dict(),
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
         log_groups=config.log.rollout_groups,
@@ -211,8 +211,7 @@ def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     """Where each part of the state lives: parameters by the table, moments and references like them, the rest everywhere."""
     params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    placed = sharding.like_params(state, params, mesh)
-    return dataclasses.replace(placed, params=sharding.param_shardings(params, mesh))
+    return sharding.like_params(state, params, mesh)
 
 
 def init_params(experiment: Experiment) -> PyTree:

@@ -2,35 +2,65 @@
 
 import dataclasses
 import math
+import pathlib
+import sys
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, PyTree
+import orbax.checkpoint as ocp
+from jaxtyping import Float, PyTree
 
-from rl_reason import build, processes
+from rl_reason import build, processes, sharding
+from rl_reason.checkpoint import CheckpointError
 from rl_reason.data.example import Example, Source
-from rl_reason.data.stream import prompt_stream
+from rl_reason.data.stream import prompt_stream, prompt_tokens
+from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.models import transformer
+from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import generate
 from rl_reason.sampling import Sampling
 from rl_reason.tasks.base import extract_answer
 from rl_reason.verifier_pool import Job, VerifierPool
 
 BOOTSTRAP_DRAWS = 2000
+MAJORITY_DRAWS = 200  # random subsets of k samples that stand for all of them in maj@k
 EVALUATION_KEY = 0xE7A1  # its draws share nothing with training's
 
 
 @dataclasses.dataclass(frozen=True)
+class Setup:
+    """What sampling from a policy needs to know of its run; ``config`` gives ``data`` and ``rollout``."""
+
+    config: build.Config
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    model: ModelConfig
+
+
+def setup_of(config: build.Config, devices: list | None = None) -> Setup:
+    """A setup from a config alone: its batch, optimizer and method are not looked at.
+
+    Raises:
+        ValueError: a mesh that does not cover the devices, a tokenizer that is not there.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
+    return Setup(config, mesh, tokenizer, build.model_config(config, tokenizer))
+
+
+@dataclasses.dataclass(frozen=True)
 class Answered:
-    """One prompt and its samples. ``correct`` is NaN where the verifier failed."""
+    """One prompt and its samples. ``correct`` is NaN where the verifier failed, or where there is none."""
 
     example: Example
     completions: tuple[str, ...]
     answers: tuple[str | None, ...]
     correct: tuple[float, ...]
     truncated: tuple[bool, ...]
+    num_tokens: tuple[int, ...] = ()  # EOS included; empty when read back from a record without it
 
 
 class Estimate(typing.NamedTuple):
@@ -42,66 +72,156 @@ class Estimate(typing.NamedTuple):
 
 
 class Evaluator:
-    """Samples answers to a fixed set of prompts and has them verified. One compiled program, whatever the weights."""
+    """Samples answers to a fixed set of prompts and has them verified. One compiled program, whatever the weights.
+
+    What is drawn for a prompt does not depend on how many are sampled at a time.
+    """
 
     def __init__(
         self,
-        experiment: build.Experiment,
+        experiment: build.Experiment | Setup,
         source: Source,
-        pool: VerifierPool,
+        pool: VerifierPool | None,
         *,
         num_prompts: int,
         num_samples: int,
         num_slots: int,
+        prompt_len: int | None = None,
+        prompts_per_call: int = 0,
     ):
-        config, mesh = experiment.config, experiment.mesh
-        shards = experiment.parts.rollout.num_shards
-        batch = -(-num_prompts // shards) * shards  # padded up by further prompts, which are not counted
-        self._source, self._pool, self._tokenizer = source, pool, experiment.tokenizer
+        """``pool`` None leaves everything unverified. ``prompt_len``: tokens, the config's by default, 0 for the
+        longest there is; ``prompts_per_call``: prompts sampled by one call, which bounds memory; 0 is all.
+        """
+        setup = experiment
+        if isinstance(setup, build.Experiment):
+            setup = Setup(setup.config, setup.mesh, setup.tokenizer, setup.parts.model)
+        config, mesh, model = setup.config, setup.mesh, setup.model
+        shards = sharding.num_row_shards(mesh)
+        calls = -(-num_prompts // (prompts_per_call or num_prompts))
+        batch = -(-num_prompts // (calls * shards)) * shards  # padded up by further prompts, which are not counted
+        if prompt_len is None:
+            prompt_len = config.data.max_prompt_len_tokens
+        if not prompt_len:
+            examples = (source.example(uid) for uid in range(calls * batch))
+            prompt_len = max(len(prompt_tokens(setup.tokenizer, example, sys.maxsize)) for example in examples)
+        self._source, self._pool, self._tokenizer = source, pool, setup.tokenizer
         self._num_prompts, self._num_samples, self._mesh = num_prompts, num_samples, mesh
-        slots = min(num_slots, batch * num_samples) // shards * shards
-        rollout = build.rollout_config(config, experiment.tokenizer, mesh, num_samples, slots)
-        model = experiment.parts.model
+        slots = max(min(num_slots, batch * num_samples) // shards, 1) * shards
+        rollout = build.rollout_config(config, setup.tokenizer, mesh, num_samples, slots)
         self._generate = jax.jit(
             lambda params, prompts, key, sampling: generate(params, prompts, key, sampling, model, rollout)[0]
         )
         rows = build.rows_sharding(mesh)
         stream = prompt_stream(
             source,
-            experiment.tokenizer,
+            setup.tokenizer,
             batch_size=batch,
-            prompt_len=config.data.max_prompt_len_tokens,
+            prompt_len=prompt_len,
             rows=processes.local_rows(rows, batch),
         )
-        self._prompts = processes.to_global(next(stream), rows)
+        self._prompts = [processes.to_global(next(stream), rows) for _ in range(calls)]
 
-    def __call__(self, params: PyTree, sampling: Sampling, seed: int = 0) -> list[Answered]:
-        """Answers of ``params``; the same prompts and random numbers each time."""
+    def __call__(
+        self,
+        params: PyTree,
+        sampling: Sampling,
+        seed: int = 0,
+        on_prompts: Callable[[int], None] = lambda done: None,
+    ) -> list[Answered]:
+        """Answers of ``params``; the same prompts and random numbers each time. ``on_prompts`` hears how many."""
         key = jax.random.fold_in(jax.random.key(seed), EVALUATION_KEY)
-        out = self._generate(params, self._prompts, key, sampling)
-        tokens, mask, truncated = processes.to_host((out.tokens, out.completion_mask, out.truncated))
-        counted = self._num_prompts * self._num_samples
-        texts = [self._tokenizer.decode(row[keep]) for row, keep in zip(tokens[:counted], mask[:counted], strict=True)]
-        examples = [self._source.example(uid) for uid in range(self._num_prompts)]
-        jobs = [
-            Job(examples[row // self._num_samples].verifier, text, examples[row // self._num_samples].problem)
-            for row, text in enumerate(texts)
-        ]
-        verdicts = self._pool.score(jobs)
-        correct = [float(v.score >= 1.0) if v.valid else math.nan for v in verdicts]
-        answered = []
-        for number, example in enumerate(examples):
-            rows = slice(number * self._num_samples, (number + 1) * self._num_samples)
-            answered.append(
-                Answered(
-                    example,
-                    tuple(texts[rows]),
-                    tuple(extract_answer(text) for text in texts[rows]),
-                    tuple(correct[rows]),
-                    tuple(bool(x) for x in truncated[rows]),
-                )
-            )
+        answered: list[Answered] = []
+        for prompts in self._prompts:
+            out = self._generate(params, prompts, key, sampling)
+            tokens, mask, truncated = processes.to_host((out.tokens, out.completion_mask, out.truncated))
+            first = len(answered)
+            examples = [
+                self._source.example(uid)
+                for uid in range(first, min(first + prompts.prompt_len.shape[0], self._num_prompts))
+            ]
+            answered += self._verified(examples, tokens, mask, truncated)
+            on_prompts(len(answered))
         return answered
+
+    def _verified(
+        self,
+        examples: list[Example],
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        truncated: np.ndarray,
+    ) -> Iterator[Answered]:
+        """The samples [N T] of some prompts with their verdicts; rows past the last example are padding."""
+        per_prompt = self._num_samples
+        rows = range(len(examples) * per_prompt)
+        texts = [self._tokenizer.decode(tokens[row][mask[row]]) for row in rows]
+        correct = [math.nan] * len(texts)
+        if self._pool is not None:
+            of_row = [examples[row // per_prompt] for row in rows]
+            jobs = [Job(e.verifier, text, e.problem) for e, text in zip(of_row, texts, strict=True)]
+            correct = [float(v.score >= 1.0) if v.valid else math.nan for v in self._pool.score(jobs)]
+        lengths = mask.sum(1)
+        for number, example in enumerate(examples):
+            own = slice(number * per_prompt, (number + 1) * per_prompt)
+            yield Answered(
+                example,
+                tuple(texts[own]),
+                tuple(extract_answer(text) for text in texts[own]),
+                tuple(correct[own]),
+                tuple(bool(x) for x in truncated[own]),
+                tuple(int(x) for x in lengths[own]),
+            )
+
+
+def restore_policy(directory: pathlib.Path, setup: Setup, step: int | None = None) -> tuple[int, PyTree]:
+    """(step, parameters) of a run's checkpoint, the newest by default; nothing else of it is read or touched.
+
+    Safe beside a process that trains: the directory is opened for reading only.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one of another model.
+    """
+    options = ocp.CheckpointManagerOptions(step_prefix="step", read_only=True)
+    steps = []
+    if directory.is_dir():
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            steps = sorted(manager.all_steps())
+    if not steps:
+        raise CheckpointError(
+            f"{directory} holds no complete checkpoint; go on with the run (--resume) until it saves one."
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"{directory} holds no step {step}; it has {', '.join(map(str, steps))}.")
+    shapes = jax.eval_shape(lambda key: transformer.init(key, setup.model), jax.random.key(0))
+    placed = sharding.param_shardings(shapes, setup.mesh)
+    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    return step, _restore_params(directory.absolute() / f"step_{step}" / "state", template)
+
+
+def _restore_params(path: pathlib.Path, template: PyTree) -> PyTree:
+    """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+    prefix = (jax.tree_util.SequenceKey(0), jax.tree_util.GetAttrKey("params"))
+    wanted = {jax.tree_util.keystr((*prefix, *path)): leaf for path, leaf in paths}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found: typing.Any = checkpointer.metadata(path).item_metadata
+        wrong = [
+            f"{name} is {tuple(found[name].shape) if name in found else 'not there'}, the config's is {leaf.shape}"
+            for name, leaf in wanted.items()
+            if name not in found or tuple(found[name].shape) != leaf.shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{path} does not fit the model of the run's config.json: {'; '.join(wrong[:3])}"
+                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the config.json of its run."
+            )
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        restored = checkpointer.restore(path, args=arguments)
+    return jax.tree_util.tree_unflatten(treedef, [restored[name] for name in wanted])
 
 
 def pass_at_k(correct: Sequence[float], k: int) -> float:
@@ -119,17 +239,38 @@ def pass_at_k(correct: Sequence[float], k: int) -> float:
     return 1.0 - math.comb(wrong, k) / math.comb(len(known), k)
 
 
-def majority(answered: Answered) -> float:
-    """Whether the most common parsed answer is right, ties to the first seen; 0 when none parsed.
+def majority(answered: Answered, k: int | None = None, seed: int = 0) -> float:
+    """maj@k: how often the most common parsed answer of k samples is right; ties go to the answer seen first.
 
-    An answer counts as right if a sample that gave it did: witness tasks may have several.
+    With all samples (the default) that is 0 or 1; with fewer it is a mean over MAJORITY_DRAWS random subsets, kept in
+    their order. An answer counts as right if a sample that gave it did. 0 when none parsed, but NaN for a verifier of
+    one's own, whose answers need no mark; NaN also where the verifier failed on every sample of the winner.
     """
     votes = Counter(a for a in answered.answers if a is not None)
+    total = len(answered.answers)
     if not votes:
-        return 0.0
-    winner = votes.most_common(1)[0][0]
-    verdicts = [c for a, c in zip(answered.answers, answered.correct, strict=True) if a == winner]
-    return float(max((v for v in verdicts if not math.isnan(v)), default=0.0))
+        return math.nan if ":" in answered.example.verifier else 0.0
+    names = list(votes)
+    ids = np.array([-1 if a is None else names.index(a) for a in answered.answers])
+    correct = np.array(answered.correct)
+    right = np.array([_best(correct[ids == i]) for i in range(len(names))])
+    if k is None or k >= total:
+        subsets = np.arange(total)[None]
+    else:
+        order = np.random.default_rng(seed).random((MAJORITY_DRAWS, total)).argsort(1)
+        subsets = np.sort(order[:, :k], axis=1)
+    hits = ids[subsets][..., None] == np.arange(len(names))  # [draws k answers]
+    count, first = hits.sum(1), np.where(hits.any(1), hits.argmax(1), subsets.shape[1])
+    winner = (count * (subsets.shape[1] + 1) - first).argmax(1)
+    won = np.where(count.any(1), right[winner], 0.0)
+    won = won[~np.isnan(won)]
+    return float(won.mean()) if len(won) else math.nan
+
+
+def _best(verdicts: Float[np.ndarray, " n"]) -> float:
+    """The best verdict there is; NaN when all failed."""
+    known = verdicts[~np.isnan(verdicts)]
+    return float(known.max()) if len(known) else math.nan
 
 
 def bootstrap(values: Float[np.ndarray, " n"], seed: int = 0) -> Estimate:
@@ -144,28 +285,37 @@ def bootstrap(values: Float[np.ndarray, " n"], seed: int = 0) -> Estimate:
 
 
 def table(answered: Sequence[Answered]) -> dict[str, dict[str, typing.Any]]:
-    """{group: {num_prompts, pass@1, pass@k, maj@k, error_fraction, truncated_fraction}}; groups are task/level and all.
+    """{group: {num_prompts, pass@1, pass@k, maj@k, error_fraction, truncated_fraction}}; groups: tasks, levels, all.
 
-    k runs over powers of two up to the number of samples.
+    k runs over the powers of two up to the number of samples, and that number; a group's levels follow it.
     """
-    groups: dict[str, list[Answered]] = {}
+    groups: dict[tuple[str, int], list[Answered]] = {}
     for a in answered:
-        source, level = a.example.source, a.example.problem.level
-        for name in (f"{source}/level_{level}", source, "overall"):
-            groups.setdefault(name, []).append(a)
-    names = sorted(n for n in groups if n != "overall") + ["overall"]
-    return {name: _row(groups[name]) for name in names if name in groups}
+        for level in (-1, a.example.problem.level):
+            groups.setdefault((a.example.source, level), []).append(a)
+    rows = {
+        source if level < 0 else f"{source}/level_{level}": _row(groups[source, level])
+        for source, level in sorted(groups)
+    }
+    return rows | ({"overall": _row(answered)} if answered else {})
+
+
+def ks_of(num_samples: int) -> list[int]:
+    """Powers of two up to the number of samples, and that number.
+
+    >>> ks_of(6)
+    [1, 2, 4, 6]
+    """
+    return [2**i for i in range(num_samples.bit_length()) if 2**i < num_samples] + [num_samples]
 
 
 def _row(answered: Sequence[Answered]) -> dict[str, typing.Any]:
     samples = len(answered[0].correct)
     row: dict[str, typing.Any] = {"num_prompts": len(answered), "num_samples": samples}
-    k = 1
-    while k <= samples:
+    for k in ks_of(samples):
         row[f"pass@{k}"] = bootstrap(np.array([pass_at_k(a.correct, k) for a in answered]))._asdict()
-        k *= 2
-    if samples > 1:
-        row[f"maj@{samples}"] = bootstrap(np.array([majority(a) for a in answered]))._asdict()
+    for k in ks_of(samples)[1:]:
+        row[f"maj@{k}"] = bootstrap(np.array([majority(a, k) for a in answered]))._asdict()
     correct = np.array([a.correct for a in answered])
     row["error_fraction"] = float(np.isnan(correct).mean())
     row["truncated_fraction"] = float(np.mean([a.truncated for a in answered]))
@@ -188,20 +338,22 @@ def metrics(answered: Sequence[Answered]) -> Mapping[str, float]:
             continue
         n = row["num_samples"]
         out[f"val-core/{name}/acc/mean@{n}"] = row["pass@1"]["value"]
-        if n & (n - 1) == 0 and n > 1:
+        if n > 1:
             out[f"val-core/{name}/acc/best@{n}/mean"] = row[f"pass@{n}"]["value"]
             out[f"val-core/{name}/acc/maj@{n}/mean"] = row[f"maj@{n}"]["value"]
     return out
 
 
+RECORDED = ("completions", "answers", "correct", "truncated", "num_tokens")
+
+
 def to_record(answered: Answered) -> dict[str, typing.Any]:
     """JSON of what was answered; the example is its source's."""
-    return {field: getattr(answered, field) for field in ("completions", "answers", "correct", "truncated")}
+    return {field: getattr(answered, field) for field in RECORDED}
 
 
 def from_record(record: Mapping[str, typing.Any], source: Source, uid: int) -> Answered:
     """The inverse of ``to_record`` for the ``uid``-th prompt; a failed verdict is null in JSON."""
-    correct = tuple(math.nan if c is None else float(c) for c in record["correct"])
-    return Answered(
-        source.example(uid), tuple(record["completions"]), tuple(record["answers"]), correct, tuple(record["truncated"])
-    )
+    fields: dict[str, typing.Any] = {name: tuple(record.get(name, ())) for name in RECORDED}
+    fields["correct"] = tuple(math.nan if c is None else float(c) for c in record["correct"])
+    return Answered(source.example(uid), **fields)

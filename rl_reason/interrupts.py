@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: remember that one came, and let the loop stop where its state can be saved."""
 
 import signal
+import threading
 import typing
 
 
@@ -22,4 +23,6 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self._name = signal.Signals(number).name
-        self._announce(f"{self._name}: saving at the next chunk boundary, then stopping.")
+        # Not from here: the code that this interrupts may be printing, and hold the locks that printing takes.
+        message = f"{self._name}: saving at the next chunk boundary, then stopping."
+        threading.Thread(target=self._announce, args=(message,), daemon=True).start()

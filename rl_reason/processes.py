@@ -1,10 +1,37 @@
 """What differs when a run has several processes: who writes, whose rows are whose, and agreeing."""
 
+import os
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
+
+JOIN_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Joins the run's other processes: by the environment's JOIN_BY, or by what jax finds out on a pod or under Slurm.
+
+    Raises:
+        ValueError: a part of JOIN_BY is missing or no number, or there is nothing to go by.
+    """
+    given = {name: os.environ[name] for name in JOIN_BY if name in os.environ}
+    missing = [name for name in JOIN_BY if name not in given]
+    cure = "set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0)"
+    if not given:
+        try:
+            return jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--distributed: no cluster that jax knows ({error}); {cure}.") from error
+    if missing:
+        raise ValueError(f"--distributed: the environment lacks {', '.join(missing)}; {cure}.")
+    address, *numbers = given.values()
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--distributed: JAX_NUM_PROCESSES and JAX_PROCESS_ID are {numbers}; {cure}.")
+    count, own = map(int, numbers)
+    return jax.distributed.initialize(address, count, own, cluster_detection_method="deactivate")
 
 
 def is_first() -> bool:
@@ -76,4 +103,6 @@ def broadcast_text(text: str, limit: int = 4096) -> str:
 def global_put(tree: PyTree, mesh: Mesh, spec) -> PyTree:
     """Host values that are the same on every process, as arrays of the mesh."""
     sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i, x=x: np.asarray(x)[i]), tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i, x=x: np.asarray(x)[i]), tree
+    )

@@ -110,12 +110,12 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
     return jax.tree.map(join, cache)
 
 
-def _decode_layers(params, cache, prompt_cache, x, position, attend_with, config: ModelConfig):
+def _decode_layers(params, cache, prompt_cache, x, turn, attend_with, config: ModelConfig):
     """Applies all layers to one token a slot, reading and writing the cache in place."""
     valid = jnp.ones(x.shape[:1], bool)
 
     def block(layer_params, x, attend):
-        x, cache, _ = transformer.Block(config).apply({"params": layer_params}, x, position, attend, valid)
+        x, cache, _ = transformer.Block(config).apply({"params": layer_params}, x, turn, attend, valid)
         return x, cache
 
     if config.scan_decode:
@@ -180,6 +180,8 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
     """One decode step of all slots: feed, draw, write out, refill."""
     shards, rows = queue.keys.shape
     head = transformer.unembedding(params, config)
+    prompt_width = jax.tree.leaves(prompt_cache)[0].shape[-3]
+    turns = transformer.rotation(jnp.arange(prompt_width + rollout.completion_len), config)
 
     def step(loop: _Loop, _) -> tuple[_Loop, None]:
         slots = loop.slots
@@ -210,7 +212,8 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
         position = flat(prompt_len) - 1 + count
-        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, position, attend_with, config)
+        turn = jax.tree.map(lambda table: table[position], turns)
+        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, turn, attend_with, config)
         logits = transformer.final_norm(params, x, config) @ head
 
         keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)

@@ -55,22 +55,29 @@ def sample(
     """One token a row: (token, its log-probability under the full vocabulary, under the distribution drawn from).
 
     Both at the temperature, in nats; at temperature 0 the first is at temperature 1 and the second is 0.
-    Each row draws from its own key, so a draw depends on nothing but its own row.
+    Each row draws from its own key, so a draw depends on nothing but its own row: the token that wins the race
+    argmax p / E with E ~ Exp(1), which is the Gumbel-max draw with one logarithm less.
     """
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     greedy = sampling.temperature <= 0
-    scale = jnp.where(greedy, 1.0, sampling.temperature).astype(dtype)
-    full = jax.nn.log_softmax(logits.astype(dtype) / scale, axis=-1)
+    scaled = logits.astype(dtype) / jnp.where(greedy, 1.0, sampling.temperature).astype(dtype)
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    mass = jnp.exp(scaled)
+    total = jnp.log(mass.sum(-1))
 
-    def truncate(full):
-        return jax.nn.log_softmax(jnp.where(truncation_mask(full, sampling), full, -jnp.inf), axis=-1)
+    def truncate(mass):
+        return jnp.where(truncation_mask(scaled - total[:, None], sampling), mass, 0.0)
 
     active = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    drawn_from = jax.lax.cond(active, truncate, lambda full: full, full)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, full.shape[-1:], dtype))(keys)
-    token = jnp.argmax(jnp.where(greedy, full, drawn_from + noise), axis=-1).astype(jnp.int32)
+    kept = jax.lax.cond(active, truncate, lambda mass: mass, mass)
+    smallest = jnp.finfo(dtype).tiny
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, kept.shape[-1:], dtype, minval=smallest))(keys)
+    token = _first_argmax(jnp.where(greedy, mass, kept / -jnp.log(uniform)))
+    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
+    return token, chosen - total, jnp.where(greedy, 0.0, chosen - jnp.log(kept.sum(-1)))
 
-    def pick(logprobs):
-        return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 
-    return token, pick(full), jnp.where(greedy, 0.0, pick(drawn_from))
+def _first_argmax(x: Float[Array, "S V"]) -> Int[Array, " S"]:
+    """The lowest index of each row's maximum; two plain reductions, several times faster on a CPU than jnp.argmax."""
+    index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
+    return jnp.minimum(index.min(-1), x.shape[-1] - 1)  # a row of NaN has no maximum

@@ -69,6 +69,7 @@ def train(session: Session) -> Summary | None:
         if saved is None:
             params = _warm_up(session)
             before = _evaluate(session, evaluator, params, "before")
+            _stop_if_asked(session, "before the first RL step")
         else:
             params = build.init_params(experiment)  # only a template: the checkpoint fills it
             before = _read_before(session)
@@ -89,6 +90,7 @@ def _warm_up(session: Session) -> PyTree:
             phase.update(step, {"loss": metrics["loss"]})
             if writer is not None:
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
+            _stop_if_asked(session, f"at warm-up step {step} of {w.num_steps}")
 
         warm = warmup.warm_up(session.experiment, on_step)
         if warm.cached:
@@ -97,6 +99,13 @@ def _warm_up(session: Session) -> PyTree:
         session.display.info(f"warm-up weights read from the cache in {warm.seconds:.1f} s")
     session.warmup_seconds = warm.seconds
     return warm.params
+
+
+def _stop_if_asked(session: Session, where: str) -> None:
+    """Before the first checkpoint a signal stops the run with nothing but finished warm-ups kept."""
+    if processes.any_process(bool(session.interrupts.requested)):
+        again = f"begin again with --run={session.run.path} --resume"
+        raise StoppedError(f"stopped {where}, when there was nothing to save yet; {again}.")
 
 
 class MetricsWriterOrNone:
@@ -183,12 +192,13 @@ class Reinforcement:
             if self.session.run.resumed and self.writer is not None and self.rollouts is not None:
                 self.writer.truncate(rows=0)  # killed before its first checkpoint: everything is done again
                 self.rollouts.truncate(0)
-            if isinstance(self.engine, Split):
+            if isinstance(self.engine, Split) and self.engine.draws_ahead:
                 self.engine.prime(state, self._to_device(next(self.stream)), self.experiment.sampling)
             return state
         extra = self.checkpoints.extra(saved)
         self.stream.set_state(extra["stream"])
-        if isinstance(self.engine, Split):  # the shapes of a rollout in flight, to be filled by the checkpoint
+        if isinstance(self.engine, Split) and self.engine.draws_ahead:
+            # Gives the shapes of a rollout in flight; the checkpoint fills them.
             template = self._to_device(next(iter_from(self.stream, extra["stream"])))
             self.engine.prime(state, template, self.experiment.sampling)
         state, self.engine.pending = self.checkpoints.restore(saved, (state, self.engine.pending))

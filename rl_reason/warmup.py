@@ -57,17 +57,26 @@ def warm_up(experiment: build.Experiment, on_step: typing.Callable[[int, dict[st
     if not experiment.config.warmup.num_steps:
         return WarmedUp(params, 0.0, False)
     place = cache_root() / "warmup" / fingerprint(experiment)
-    if (place / "done").exists():
+    if place.exists():
         try:
-            return WarmedUp(checkpoint.restore_tree(place / "params", params), time.perf_counter() - began, True)
+            return WarmedUp(checkpoint.restore_tree(place, params), time.perf_counter() - began, True)
         except (ValueError, OSError, KeyError):
             if processes.is_first():
                 shutil.rmtree(place, ignore_errors=True)  # a damaged cache entry is made again
     params = train(experiment, params, on_step)
-    checkpoint.save_tree(place / "params", params)
-    if processes.is_first():
-        (place / "done").write_text(json.dumps(experiment.config.warmup.to_dict()))
+    _keep(place, params)
     return WarmedUp(params, time.perf_counter() - began, False)
+
+
+def _keep(place: pathlib.Path, params: PyTree) -> None:
+    """Puts an entry into the cache by a rename: whole or absent, whoever is killed or makes the same one meanwhile."""
+    unfinished = place.with_name(processes.broadcast_text(f"{place.name}.{os.getpid()}.tmp"))
+    checkpoint.save_tree(unfinished, params)
+    if processes.is_first():
+        try:
+            unfinished.rename(place)
+        except OSError:  # another run was faster
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def train(

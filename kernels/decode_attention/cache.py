@@ -1,9 +1,9 @@
 """Writing one token a row into a key-value cache, in place when the cache is a loop carry or donated.
 
-One scatter whose rows are batch dimensions of operand, indices and updates alike, so that a cache sharded over its rows is
-written where it lies. On a 2-core CPU with 128 rows of 96 positions of 2 x 32 fp32 it takes 3 us and no temporary copy of
-the cache, stacked or not; dynamic_update_slice under vmap takes 11 us, a one-hot select 10 us (440 us stacked, with a copy
-of the layer), a scatter under vmap over axis 1 of a stacked cache 720 us (it transposes).
+One scatter whose rows are batch dimensions of operand, indices and updates alike, so that a cache sharded over its
+rows is written where it lies. On a 2-core CPU with 128 rows of 96 positions of 2 x 32 fp32 it takes 3 us and no
+temporary copy of the cache, stacked or not; dynamic_update_slice under vmap takes 11 us, a one-hot select 10 us (440
+us stacked, with a copy of the layer), a scatter under vmap over axis 1 of a stacked cache 720 us (it transposes).
 """
 
 import jax
@@ -21,8 +21,8 @@ def write_cache(
 ) -> Float[Array, "*L B S KV hd"]:
     """``cache[b, positions[b]] = new[b]`` for every active row, cast to the cache's dtype.
 
-    A position outside ``0 .. S - 1`` writes nothing. A stacked cache ``[L, B, S, KV, hd]`` needs ``layer``, which may be
-    traced; nothing outside that layer is touched.
+    A position outside ``0 .. S - 1`` writes nothing. A stacked cache ``[L, B, S, KV, hd]`` needs ``layer``, which may
+    be traced; nothing outside that layer is touched.
     """
     check_layer("write_cache", cache.ndim, layer)
     size = cache.shape[-3]

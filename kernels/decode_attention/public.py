@@ -8,8 +8,8 @@ from kernels import dispatch
 from kernels.decode_attention import xla
 from kernels.decode_attention.cache import check_layer
 
-# One entry an implementation; a backend is one more file and one more line here, chosen in `_choose`.
-IMPLEMENTATIONS = {"xla": xla.decode_attention}
+# One entry an implementation; a backend is one more file and one more line here, chosen by platform in `_run`.
+IMPLEMENTATIONS = {"xla": xla.decode_attention, "packed_xla": xla.packed}
 
 
 def decode_attention(
@@ -29,17 +29,20 @@ def decode_attention(
     scale: float | Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B H hd"]:
-    """softmax(soft_cap tanh(scale q k / soft_cap)) v over the row's prompt and then its own first ``lengths[b]`` tokens.
+    """softmax(soft_cap tanh(scale q k / soft_cap)) v over the row's prompt, then its own first ``lengths[b]`` tokens.
 
     Row b sees ``prompt_keys[prompt_index[b]][: prompt_lens[prompt_index[b]]]`` and ``keys[b, : lengths[b]]``, which
-    counts the token just written. Query head h reads key head ``h // (H / KV)``. Softmax and sums are in fp32 at least;
-    the result has the queries' dtype. A row of length 0 gives zeros. What the caches hold past those lengths may be
-    anything, NaN included.
+    counts the token just written. Query head h reads key head ``h // (H / KV)``. Softmax and sums are in fp32 at
+    least; the result has the queries' dtype. A row of length 0 gives zeros. What the caches hold past those lengths
+    may be anything, NaN included.
 
     ``scale`` defaults to ``hd ** -0.5``. ``window=w`` keeps the last w tokens of prompt and completion together, the
-    query's own included; it may be traced. ``layer`` (may be traced) picks from stacked caches ``[L, ...]``; the prompt
-    caches are then stacked too. ``num_shards=n`` says that rows and prompts lie in n equal contiguous blocks and that
-    ``prompt_index`` counts within the row's own block, so that a sharded leading axis needs no exchange.
+    query's own included; it may be traced. ``layer`` (may be traced) picks from stacked caches ``[L, ...]``; the
+    prompt caches are then stacked too. ``num_shards=n`` says that rows and prompts lie in n equal contiguous blocks
+    and that ``prompt_index`` counts within the row's own block, so that a sharded leading axis needs no exchange.
+
+    ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs) or None, by the
+    platform that it is compiled for.
     """
     check_layer("decode_attention", keys.ndim, layer)
     num_rows, num_heads, head_dim = queries.shape
@@ -61,23 +64,28 @@ def decode_attention(
         raise ValueError(f"decode_attention: soft_cap={soft_cap} must be positive; None for no cap")
     if isinstance(window, int) and window < 1:
         raise ValueError(f"decode_attention: window={window} must be at least 1 token; None for no window")
-    function = dispatch.named("decode_attention", IMPLEMENTATIONS, implementation or _choose())
-    return function(
-        queries,
-        keys,
-        values,
-        lengths.astype(jnp.int32),
-        prompt,
-        None if layer is None else jnp.asarray(layer).astype(jnp.int32),
-        num_shards,
-        soft_cap,
-        None if window is None else jnp.asarray(window).astype(jnp.int32),
-        head_dim**-0.5 if scale is None else scale,
-    )
+    layer = None if layer is None else jnp.asarray(layer).astype(jnp.int32)
+    window = None if window is None else jnp.asarray(window).astype(jnp.int32)
+    scale = head_dim**-0.5 if scale is None else scale
+    options = dict(num_shards=num_shards, soft_cap=soft_cap)
+    arrays = queries, keys, values, lengths.astype(jnp.int32), prompt, layer, window, scale
+    return _run(implementation, arrays, options)
 
 
-def _choose() -> str:
-    return "xla"
+def _run(implementation, arrays, options):
+    def bound(name):
+        function = dispatch.named("decode_attention", IMPLEMENTATIONS, name)
+        return lambda *arrays: _call(function, arrays, options)
+
+    if implementation is not None:
+        return bound(implementation)(*arrays)
+    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
+    return jax.lax.platform_dependent(*arrays, cpu=bound("packed_xla"), cuda=bound("packed_xla"), default=bound("xla"))
+
+
+def _call(function, arrays, options):
+    queries, keys, values, lengths, prompt, layer, window, scale = arrays
+    return function(queries, keys, values, lengths, prompt, layer, window=window, scale=scale, **options)
 
 
 def _prompt(keys, values, lens, index) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None:
@@ -87,5 +95,7 @@ def _prompt(keys, values, lens, index) -> tuple[jax.Array, jax.Array, jax.Array,
     if len(missing) == len(given):
         return None
     if missing:
-        raise ValueError(f"decode_attention: prompt caches need all of {', '.join(given)}; missing {', '.join(missing)}")
+        raise ValueError(
+            f"decode_attention: prompt caches need all of {', '.join(given)}; missing {', '.join(missing)}"
+        )
     return keys, values, lens.astype(jnp.int32), index.astype(jnp.int32)

@@ -1,8 +1,8 @@
 """Blocks of the vocabulary in plain XLA: holds [N, block], never [N, V]; the backward pass computes the logits again.
 
-The unembedding is seen as [D, shards, V / shards] and a block is a range of the last axis, so a vocabulary sharded over
-the middle one is cut inside every shard and only [N] statistics cross devices. The gradient of the unembedding is written
-block by block into its own buffer, in its own dtype; that of hidden accumulates in fp32 [N, D].
+The unembedding is seen as [D, shards, V / shards] and a block is a range of the last axis, so a vocabulary sharded
+over the middle one is cut inside every shard and only [N] statistics cross devices. The gradient of the unembedding is
+written block by block into its own buffer, in its own dtype; that of hidden accumulates in fp32 [N, D].
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.entropy_covariance import rows
-from kernels.entropy_covariance.logits import Head
+from kernels.entropy_covariance.logits import Head, gradients
 
 BLOCK_BYTES = 2**28  # of one device's block of fp32 logits
 MIN_BLOCK = 512  # columns: narrower products waste a matrix unit
@@ -67,13 +67,10 @@ def _backward(static, residuals, g):
         d_hidden, d_weight = carry
         raw, is_target = block.raw(start, width)
         dz = rows.cotangent(temper(raw), is_target, column(logsumexp), column(entropy), g)
-        d_raw = (dz * rows.slope(raw, temperature, static[0])).astype(block.operands)
-        weight = block.weight(start, width)
-        weight = jnp.where(jnp.isfinite(weight), weight, 0)  # else 0 * inf from columns of probability 0
-        d_hidden += jnp.einsum("nsb,dsb->nd", d_raw, weight, preferred_element_type=block.dtype)
-        d_block = jnp.einsum("nd,nsb->dsb", block.hidden, d_raw, preferred_element_type=block.dtype)
-        d_block = d_block.astype(unembedding.dtype)
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_block, start, axis=2)
+        d_raw = (dz * rows.slope(raw, temperature, static[0])).reshape(raw.shape[0], -1)
+        more, d_block = gradients(block.hidden, block.weight(start, width), d_raw)
+        d_block = d_block.astype(unembedding.dtype).reshape(*block.shape[:2], width)
+        return d_hidden + more, jax.lax.dynamic_update_slice_in_dim(d_weight, d_block, start, axis=2)
 
     init = jnp.zeros(hidden.shape, block.dtype), jnp.zeros(block.shape, unembedding.dtype)
     d_hidden, d_weight = block.each(body, init)
@@ -105,11 +102,14 @@ class _Blocks:
         return body(full * self.width, rest, carry) if rest else carry
 
     def weight(self, start, width):
-        return jax.lax.dynamic_slice_in_dim(self.unembedding, start, width, axis=2).astype(self.operands)
+        """The block's columns [D, shards * width]: products of two matrices are what all backends have in bf16."""
+        cut = jax.lax.dynamic_slice_in_dim(self.unembedding, start, width, axis=2)
+        return cut.astype(self.operands).reshape(self.shape[0], -1)
 
     def raw(self, start, width):
         """hidden @ unembedding of a block [N, shards, width], -inf from vocab_size on, and where the target is."""
-        raw = jnp.einsum("nd,dsb->nsb", self.hidden, self.weight(start, width), preferred_element_type=self.dtype)
+        raw = jnp.matmul(self.hidden, self.weight(start, width), preferred_element_type=self.dtype)
+        raw = raw.reshape(-1, self.shape[1], width)
         shard = jax.lax.broadcasted_iota(jnp.int32, raw.shape, 1)
         ids = shard * self.shape[2] + start + jax.lax.broadcasted_iota(jnp.int32, raw.shape, 2)
         if self.vocab_size < self.shape[1] * self.shape[2]:

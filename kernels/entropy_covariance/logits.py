@@ -38,3 +38,17 @@ class Head(NamedTuple):
         is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == targets[:, None]
         dz = rows.cotangent(z, is_target, logsumexp[:, None], entropy[:, None], tuple(x[:, None] for x in g))
         return dz * rows.slope(raw, self.temperature, self.soft_cap)
+
+
+def gradients(hidden: jax.Array, unembedding: jax.Array, d_raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of both operands from that of their product, accumulated in fp32 at least.
+
+    ``d_raw`` is rounded to the operands' type first: autodiff would widen them instead, and a bf16 product that has
+    become one of fp32 takes several times as long. Infinite weights belong to columns of probability 0.
+    """
+    operands = jnp.result_type(hidden, unembedding)
+    accumulate = jnp.promote_types(operands, jnp.float32)
+    d_raw = d_raw.astype(operands)
+    finite = jnp.where(jnp.isfinite(unembedding), unembedding, 0).astype(operands)  # no 0 * inf
+    d_hidden = jnp.einsum("nv,dv->nd", d_raw, finite, preferred_element_type=accumulate)
+    return d_hidden, jnp.einsum("nd,nv->dv", hidden.astype(operands), d_raw, preferred_element_type=accumulate)

@@ -1,4 +1,18 @@
-"""Log-probability and entropy of tokens under a vocabulary head, without a second [N, V] array."""
+"""Log-probability and entropy of tokens under a vocabulary head, without a second [N, V] array.
+
+Forward / forward and backward in ms (plain = log_softmax and autodiff). fp32 on 2 busy CPU cores, interleaved runs:
+
+    N, D, V                plain         reference     row_blocks_xla    chunked_xla
+    512, 64, 512           0.8 / 2.1     0.8 / 1.6     0.8 / 1.7         0.8 / 1.6
+    2048, 64, 512          3.3 / 9.6     3.2 / 6.5     3.2 / 8.1         3.7 / 6.9
+    6144, 64, 512          10.7 / 53     23 / 32       9.1 / 21          27 / 39
+    6144, 128, 2048        81 / 214      120 / 184     48 / 128          135 / 200
+    2048, 128, 16384       175 / 441     207 / 321     87 / 242          179 / 312
+
+bf16 on one H200 (matmul floor forward 13.2), with GB of temporary memory in the backward pass:
+
+    16384, 2048, 151936    17.7 / 53 (19.9 GB)    18.6 / 49 (14.9 GB)        24.9 / 76 (0.6 GB) chunked
+"""
 
 from typing import NamedTuple
 
@@ -53,14 +67,17 @@ def token_statistics(
     NaN.
 
     ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
-    vocabulary; like the former never [N, V], recomputed in the backward pass) or None, by size. Rows and vocabulary may
-    be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that sizes are
-    judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no column.
+    vocabulary; like the former never [N, V], recomputed in the backward pass) or None, by size. Rows and vocabulary
+    may be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that
+    sizes are judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no
+    column.
     """
     vocab = unembedding.shape[1]
     vocab_size = vocab if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= vocab:
-        raise ValueError(f"token_statistics: vocab_size={vocab_size} must lie in 1 .. {vocab}, the columns of unembedding")
+        raise ValueError(
+            f"token_statistics: vocab_size={vocab_size} must lie in 1 .. {vocab}, the columns of unembedding"
+        )
     if vocab_shards < 1 or vocab % vocab_shards:
         raise ValueError(
             f"token_statistics: vocab_shards={vocab_shards} must divide the {vocab} columns of unembedding; "

@@ -1,8 +1,10 @@
-"""The meaning: full logits [N, V]; their statistics have a hand-written gradient, the product is autodiff's."""
+"""The meaning: full logits [N, V], kept for the backward pass."""
+
+import functools
 
 import jax
 
-from kernels.entropy_covariance.logits import Head
+from kernels.entropy_covariance.logits import Head, gradients
 
 
 def token_statistics(
@@ -10,18 +12,27 @@ def token_statistics(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logprob, entropy, logsumexp) [N]; arguments as in the public function, validated there."""
     del row_shards, vocab_shards  # the compiler splits whole rows by itself
+    return _statistics((head.soft_cap, head.vocab_size), hidden, unembedding, targets, head.temperature)
 
-    @jax.custom_vjp
-    def statistics(raw, targets, temperature):
-        return head._replace(temperature=temperature).statistics(raw, targets)
 
-    def forward(raw, targets, temperature):
-        out = statistics(raw, targets, temperature)
-        return out, (raw, targets, temperature, out)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(static, hidden, unembedding, targets, temperature):
+    head = Head(temperature, *static)
+    return head.statistics(head.raw(hidden, unembedding), targets)
 
-    def backward(residuals, g):
-        raw, targets, temperature, out = residuals
-        return head._replace(temperature=temperature).cotangent(raw, targets, out, g), None, None
 
-    statistics.defvjp(forward, backward)
-    return statistics(head.raw(hidden, unembedding), targets, head.temperature)
+def _forward(static, hidden, unembedding, targets, temperature):
+    head = Head(temperature, *static)
+    raw = head.raw(hidden, unembedding)
+    out = head.statistics(raw, targets)
+    return out, (hidden, unembedding, targets, temperature, raw, out)
+
+
+def _backward(static, residuals, g):
+    hidden, unembedding, targets, temperature, raw, out = residuals
+    d_raw = Head(temperature, *static).cotangent(raw, targets, out, g)
+    d_hidden, d_weight = gradients(hidden, unembedding, d_raw)
+    return d_hidden.astype(hidden.dtype), d_weight.astype(unembedding.dtype), None, None
+
+
+_statistics.defvjp(_forward, _backward)

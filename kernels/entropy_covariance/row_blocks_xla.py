@@ -1,7 +1,7 @@
 """Blocks of rows in plain XLA, for small vocabularies: a block's logits stay in a CPU's cache and are computed twice.
 
-Block i of n holds rows i, i + n, i + 2 n, ...: rows sharded over devices then give every device its share of each block,
-where contiguous blocks would move them.
+Block i of n holds rows i, i + n, i + 2 n, ...: rows sharded over devices then give every device its share of each
+block, where contiguous blocks would move them.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.entropy_covariance.logits import Head
+from kernels.entropy_covariance.logits import Head, gradients
 
 BLOCK_BYTES = 2**21  # of one block of fp32 logits: about a core's second-level cache
 MIN_ROWS = 64
@@ -45,15 +45,13 @@ def _backward(static, residuals, g):
     soft_cap, vocab_size, block_rows = static
     hidden, unembedding, targets, temperature, out = residuals
     head = Head(temperature, soft_cap, vocab_size)
-    operands = jnp.result_type(hidden, unembedding)
-    accumulate = jnp.promote_types(operands, jnp.float32)
-    transposed = jnp.where(jnp.isfinite(unembedding), unembedding, 0).astype(operands).T  # no 0 * inf
+    accumulate = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
 
     def body(d_weight, block):
         h, targets, out, g = block
-        d_raw = head.cotangent(head.raw(h, unembedding), targets, out, g).astype(operands)
-        d_weight += jnp.matmul(h.astype(operands).T, d_raw, preferred_element_type=accumulate)
-        return d_weight, jnp.matmul(d_raw, transposed, preferred_element_type=accumulate).astype(hidden.dtype)
+        d_raw = head.cotangent(head.raw(h, unembedding), targets, out, g)
+        d_hidden, more = gradients(h, unembedding, d_raw)
+        return d_weight + more, d_hidden.astype(hidden.dtype)
 
     d_weight = jnp.zeros(unembedding.shape, accumulate)
     d_weight, d_hidden = _each(body, d_weight, (hidden, targets, out, g), block_rows)
@@ -64,7 +62,7 @@ _statistics.defvjp(_forward, _backward)
 
 
 def _each(body, carry, arrays, block_rows):
-    """``jax.lax.scan`` of ``body`` over blocks of the leading axis of ``arrays``, the rows left over as a last block."""
+    """``jax.lax.scan`` of ``body`` over blocks of the leading axis of ``arrays``; rows left over are a last block."""
     num_rows = jax.tree.leaves(arrays)[0].shape[0]
     num_blocks = -(-num_rows // block_rows)
     if num_blocks <= 1:

@@ -11,9 +11,9 @@ For a row z with maximum m, attained c times:
 ``logsumexp - E[z]`` would lose every digit of an entropy below eps |z|. A logit of -inf has probability 0 and adds
 nothing (0 * -inf counts as 0).
 
-Compilers compute z anew in every reduction, and contract ``z - m`` into a fused multiply-add in some of them only: it is
-then not 0 where z is m. So the maximum is found among the raw products, which lie in memory and only get compared, and
-single numbers a row pass a barrier before they are subtracted.
+Compilers compute z anew in every reduction, and contract ``z - m`` into a fused multiply-add in some of them only: it
+is then not 0 where z is m. So the maximum is found among the raw products, which lie in memory and only get compared,
+and single numbers a row pass a barrier before they are subtracted.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+IMPOSSIBLE = -1e4  # a log-probability whose exp is exactly 0, in fp64 too, and that times 0 is 0, as -inf is not
 
 
 class Partial(NamedTuple):
@@ -54,8 +56,7 @@ def partial(
     """Statistics of ``temper(raw)`` [N, ...] over ``axes``; ``target`` [N] is the target's raw value, or 0."""
     highest = jnp.max(raw, axis=axes, keepdims=True)
     m, target = jax.lax.optimization_barrier((temper(highest), temper(target)))
-    lowest = jnp.finfo(raw.dtype).min
-    shifted = jnp.maximum(temper(raw) - jnp.maximum(m, lowest), lowest)  # finite: 0 * -inf never arises
+    shifted = jnp.maximum(temper(raw) - jnp.where(m > -jnp.inf, m, 0), IMPOSSIBLE)
     e = jnp.exp(shifted)
     is_top = raw == highest
     num_top = jnp.sum(jnp.where(is_top & (raw > -jnp.inf), 1, 0).astype(raw.dtype), axis=axes)
@@ -96,6 +97,6 @@ def cotangent(
     d logprob = 1_y - p,  d logsumexp = p,  d entropy = -p (log p + H).
     """
     g_logprob, g_entropy, g_logsumexp = g
-    logp = jnp.maximum(z - logsumexp, jnp.finfo(z.dtype).min)
+    logp = jnp.maximum(z - logsumexp, IMPOSSIBLE)
     weighted = jnp.exp(logp) * ((g_logsumexp - g_logprob) - g_entropy * (logp + entropy))
     return weighted + jnp.where(is_target, g_logprob, 0)

@@ -21,9 +21,9 @@ def select_top_fraction(
 ) -> Bool[Array, "N T"]:
     """The ``max(1, floor(fraction * masked count))`` largest masked values; nothing when the mask is empty.
 
-    Exact: equal values (+0 and -0 are equal) are taken in the order of their flat index, lowest first. NaN counts in the
-    masked count but is never selected; nothing off the mask is. ``fraction`` may be traced. Inside ``shard_map``, name
-    the axes of the rows in ``axis_names``; shards count as consecutive blocks of rows, in the order of
+    Exact: equal values (+0 and -0 are equal) are taken in the order of their flat index, lowest first. NaN counts in
+    the masked count but is never selected; nothing off the mask is. ``fraction`` may be traced. Inside ``shard_map``,
+    name the axes of the rows in ``axis_names``; shards count as consecutive blocks of rows, in the order of
     ``jax.lax.axis_index(axis_names)``.
 
     >>> import jax.numpy as jnp

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.grouped_matmul import blocked_xla, ragged_dot
+from kernels.grouped_matmul import batched_xla, blocked_xla, ragged_dot
 
 
 class Implementation(NamedTuple):
@@ -19,9 +19,10 @@ class Implementation(NamedTuple):
     weight_gradient: Callable[..., jax.Array]  # [E, K, N]: lhs^T g within each group
 
 
-# A backend is one more file and one more line here, chosen in `_choose`.
+# A backend is one more file and one more line here, chosen by platform in `_run`.
 IMPLEMENTATIONS = {
     "ragged_dot": Implementation(ragged_dot.product, ragged_dot.weight_gradient),
+    "batched_xla": Implementation(batched_xla.product, batched_xla.weight_gradient),
     "blocked_xla": Implementation(blocked_xla.product, blocked_xla.weight_gradient),
 }
 
@@ -38,12 +39,13 @@ def grouped_matmul(
     """``out[i] = lhs[i] @ rhs[e]`` where row i lies in group e: the e-th run of ``group_sizes[e]`` rows.
 
     rhs is [E, K, N], or [E, N, K] with ``transpose_rhs``. Groups may be empty and may sum to less than M: the rows
-    beyond are exact zeros, get zero gradient, and may hold anything. A sum above M is an error that is not checked: what
-    lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default the
-    promoted type of the operands, and gradients have the type of their operand.
+    beyond are exact zeros, get zero gradient, and may hold anything. A sum above M is an error that is not checked:
+    what lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default
+    the promoted type of the operands, and gradients have the type of their operand.
 
-    ``implementation``: "ragged_dot" (``jax.lax.ragged_dot``: fast on TPU, dense on CPUs and GPUs), "blocked_xla" (a loop
-    over blocks of rows: what CPUs want) or None, by the platform that it is compiled for.
+    ``implementation``: "ragged_dot" (``jax.lax.ragged_dot``: a kernel on TPU, dense elsewhere), "blocked_xla" (a loop
+    over blocks of rows: what CPUs want), "batched_xla" (one batched product of blocks: GPUs) or None, by the platform
+    that it is compiled for.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
     if depth != lhs.shape[1]:
@@ -65,7 +67,9 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
     if name is not None:
         return bound(name)(*operands)
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
-    return jax.lax.platform_dependent(*operands, cpu=bound("blocked_xla"), default=bound("ragged_dot"))
+    return jax.lax.platform_dependent(
+        *operands, cpu=bound("blocked_xla"), cuda=bound("batched_xla"), default=bound("ragged_dot")
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

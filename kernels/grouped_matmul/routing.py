@@ -17,7 +17,7 @@ class Permutation(NamedTuple):
 def route(
     router_logits: Float[Array, "M E"], top_k: int, *, normalise: bool = True
 ) -> tuple[Float[Array, "M {top_k}"], Int[Array, "M {top_k}"]]:
-    """Weights and ids of the ``top_k`` experts of each token: softmax over all experts in fp32 (fp64 for fp64), then top-k.
+    """Weights and ids of each token's ``top_k`` experts: softmax over all in fp32 (fp64 for fp64), then top-k.
 
     ``normalise`` makes the weights of a token sum to 1 (Mixtral; Qwen3-MoE's norm_topk_prob). Ties go to the lower id.
     The ids carry no gradient, the weights do.
@@ -34,7 +34,7 @@ def route(
 
 def permute(
     x: Float[Array, "M D"], expert_ids: Int[Array, "M K"], num_experts: int
-) -> tuple[Float[Array, "MK D"], Int[Array, "{num_experts}"], Permutation]:
+) -> tuple[Float[Array, "MK D"], Int[Array, " {num_experts}"], Permutation]:
     """Rows of x in the order of their experts (stable), the size of every group, and how to undo it.
 
     An id outside ``0 .. num_experts - 1`` drops that choice: it is sorted behind all groups, where
@@ -51,9 +51,7 @@ def permute(
     return _gather(x, undo), group_sizes, undo
 
 
-def combine(
-    rows: Float[Array, "MK D"], undo: Permutation, weights: Float[Array, "M K"]
-) -> Float[Array, "M D"]:
+def combine(rows: Float[Array, "MK D"], undo: Permutation, weights: Float[Array, "M K"]) -> Float[Array, "M D"]:
     """``out[m] = sum_k weights[m, k] rows[undo.inverse[m, k]]``, summed in fp32 at least, in the dtype of rows.
 
     The gradients (to rows and weights) are gathers, not scatters.

@@ -16,6 +16,10 @@ from rl_reason.types import Prompts
 MAX_UID = 2**31 - 1  # Prompts.uid is int32
 
 
+class ExampleError(ValueError):
+    """An example that does not fit the run's lengths, or lacks what the run needs of it."""
+
+
 @typing.runtime_checkable
 class Tokenizer(typing.Protocol):
     """Text to token ids, and the ids that frame them."""
@@ -45,7 +49,7 @@ def prompt_stream(
     the oracle's answer and the worked solution.
 
     Raises:
-        ValueError: on reaching an example that does not fit, naming it, its length and the config key.
+        ExampleError: on reaching an example that does not fit, naming it, its length and the config key.
     """
 
     def batch(uids: list[int]) -> Prompts:
@@ -119,14 +123,14 @@ def prompt_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[in
 def reference_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
     """The oracle's answer, bare."""
     if example.reference is None:
-        raise ValueError(f"{_name(example)} has no reference answer; set data.answer_key to the column that has it.")
+        raise ExampleError(f"{_name(example)} has no reference answer; set data.answer_key to the column that has it.")
     return _within(tokenizer.encode(example.reference), limit, example, "reference", "bare")
 
 
 def demonstration_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
     """The worked completion and EOS."""
     if example.demonstration is None:
-        raise ValueError(
+        raise ExampleError(
             f"{_name(example)} has no demonstration; set data.demonstration_key to the column that has it."
         )
     tokens = [*tokenizer.encode(example.demonstration), tokenizer.eos_id]
@@ -136,7 +140,7 @@ def demonstration_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> 
 def _within(tokens: list[int], limit: int, example: Example, what: str, framing: str) -> list[int]:
     if len(tokens) <= limit:
         return tokens
-    raise ValueError(
+    raise ExampleError(
         f"the {what} of {_name(example)} has {len(tokens)} tokens, {framing}, and data.max_{what}_len_tokens is "
         f"{limit}. Raise it, or leave such examples out of the data."
     )

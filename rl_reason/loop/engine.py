@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from rl_reason import processes
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.step import Sampled, learn_phase, make_chunk, sample_phase
-from rl_reason.rewards import HostVerifier
+from rl_reason.rewards import ScoreRows
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import ROWS
 from rl_reason.types import Prompts, TrainState, Verdicts, Verify
@@ -30,6 +30,7 @@ class Advanced(typing.NamedTuple):
 class Fused:
     """K steps a call as one program, verdicts included."""
 
+    draws_ahead = False
     pending: PyTree = None
 
     def __init__(self, parts: Parts, verify: Verify):
@@ -43,9 +44,6 @@ class Fused:
         steps = prompts.prompt_len.shape[0]
         return Advanced(state, metrics, sampled, {"step": (time.perf_counter() - began) / steps})
 
-    def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:
-        """Nothing is drawn ahead."""
-
 
 class Split:
     """Rollout, host verifiers and update as programs of their own.
@@ -54,8 +52,8 @@ class Split:
     is ``pending``, part of what a checkpoint holds.
     """
 
-    def __init__(self, parts: Parts, verifier: HostVerifier, mesh: jax.sharding.Mesh, *, overlap: bool):
-        self._verifier, self._mesh, self._overlap = verifier, mesh, overlap
+    def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
+        self._verifier, self._mesh, self.draws_ahead = verifier, mesh, overlap
         self._draw = jax.jit(lambda state, prompts, sampling: sample_phase(parts, state, prompts, sampling))
         self._learn = jax.jit(
             lambda state, prompts, rollout, verdicts, decode_steps, sampling: learn_phase(
@@ -67,9 +65,8 @@ class Split:
         self.pending: PyTree = None
 
     def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:
-        """Draws the first batch ahead, from ``prompts`` [B ...]."""
-        if self._overlap:
-            self.pending = (prompts, *self._draw(state, prompts, sampling))
+        """Draws the first batch ahead, from ``prompts`` [B ...]; for engines with ``draws_ahead``."""
+        self.pending = (prompts, *self._draw(state, prompts, sampling))
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the batches of the next steps."""
@@ -79,7 +76,7 @@ class Split:
             began = time.perf_counter()
             batch = jax.tree.map(lambda x, k=k: x[k], prompts)
             drawn = (batch, *self._draw(state, batch, sampling))
-            if self._overlap:
+            if self.draws_ahead:
                 drawn, self.pending = self.pending, drawn
             batch, rollout, decode_steps = drawn
             jax.block_until_ready(rollout.tokens)
@@ -103,10 +100,9 @@ class Split:
         both = np.zeros((2, len(uid)), np.float32)
         both[0, index], both[1, index] = score, valid
         score, valid = processes.sum_over_processes(both)
-        verdicts = Verdicts(score.astype(rollout.rollout_logprobs.dtype), valid > 0)
         sharding = NamedSharding(self._mesh, P(ROWS))
-        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])  # noqa: E731
-        return jax.tree.map(put, verdicts)
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+        return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0))
 
 
 Engine = Fused | Split

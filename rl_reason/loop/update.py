@@ -196,7 +196,7 @@ class Applied(typing.NamedTuple):
 
 def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grads: PyTree) -> Applied:
     """One optimizer step. A non-finite loss or gradient changes nothing but two counters in ``stats``."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     # Zeros keep NaN out of the optimizer's arithmetic; the select below discards what it makes of them.
     safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)

@@ -29,7 +29,8 @@ def objective(
     """
     cov = covariance(logprobs, advantages, completion_mask)
     chosen = select_top_fraction(cov, completion_mask, kl_cov_ratio)
-    gap = jnp.abs(logprobs - old_logprobs)
+    delta = logprobs - old_logprobs
+    gap = delta * jnp.sign(delta)  # |delta| with slope 0 at 0, where jnp.abs has slope 1
     losses = -advantages * probability_ratio(logprobs, old_logprobs) + jnp.where(chosen, kl_cov_coef * gap, 0.0)
 
     unclipped = jnp.zeros_like(completion_mask)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 
+@typing.runtime_checkable
 class Attend(typing.Protocol):
     """(q [*r H hd], k [*r KV hd], v [*r KV hd]) -> (context [*r H hd], what to keep)."""
 
@@ -23,13 +24,22 @@ def causal_attention(
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None
     rows, width, heads, head_dim = q.shape
-    groups = heads // k.shape[2]
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(rows, width, k.shape[2], groups, head_dim)
-    scores = jnp.einsum("nqkgh,nskh->nkgqs", q, k, preferred_element_type=accumulate) * head_dim**-0.5
-    causal = jnp.tril(jnp.ones((width, width), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("nkgqs,nskh->nqkgh", weights, v).reshape(rows, width, heads, head_dim), None
+    # One batch of plain matrix products: query heads that share a key head are rows of the same matrix. On a CPU this
+    # and dividing after the second product are three times faster than the five-axis einsum.
+    q = q.reshape(rows, width, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(rows * kv_heads, groups * width, head_dim)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(rows * kv_heads, width, head_dim) for x in (k, v))
+    scores = jnp.einsum("bqh,bsh->bqs", q, k, preferred_element_type=accumulate) * head_dim**-0.5
+    causal = jnp.tile(jnp.tril(jnp.ones((width, width), bool)), (groups, 1))
+    scores = jnp.where(causal, scores, -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    context = jnp.einsum("bqs,bsh->bqh", weights.astype(v.dtype), v, preferred_element_type=accumulate)
+    context = (context / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    context = context.reshape(rows, kv_heads, groups, width, head_dim).transpose(0, 3, 1, 2, 4)
+    return context.reshape(rows, width, heads, head_dim), None
 
 
 def keep_keys_values(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:

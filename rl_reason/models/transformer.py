@@ -50,15 +50,26 @@ class ModelConfig:
             raise ValueError(f"model.experts_per_token={self.experts_per_token} is not in 1..{self.num_experts}.")
 
 
-def rope(x: Float[Array, "*r heads hd"], positions: Int[Array, "*r"], theta: float) -> Float[Array, "*r heads hd"]:
-    """Rotates pairs (i, i + hd/2) by position * theta^(-2i/hd) (arXiv:2104.09864, the half-split layout)."""
+class Rotation(typing.NamedTuple):
+    """RoPE's sines and cosines, computed once and used by every layer; broadcast over heads."""
+
+    sin: Float[Array, "*r 1 half"]
+    cos: Float[Array, "*r 1 half"]
+
+
+def rotation(positions: Int[Array, "*r"], config: ModelConfig) -> Rotation:
+    """Angles position * theta^(-2i/hd) (arXiv:2104.09864)."""
+    half = config.head_dim // 2
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    angle = positions[..., None, None].astype(dtype) * config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
+    return Rotation(jnp.sin(angle), jnp.cos(angle))
+
+
+def rotate(x: Float[Array, "*r heads hd"], by: Rotation) -> Float[Array, "*r heads hd"]:
+    """Turns the pairs (i, i + hd/2): the half-split layout."""
     half = x.shape[-1] // 2
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = positions[..., None, None].astype(dtype) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -67,14 +78,14 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, attend: Attend):
+    def __call__(self, x, rotation: Rotation, attend: Attend):
         c = self.config
         dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype)
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
         q = norm(name="q_norm")(dense((c.num_heads, c.head_dim), name="q")(x))
         k = norm(name="k_norm")(dense((c.num_kv_heads, c.head_dim), name="k")(x))
         v = dense((c.num_kv_heads, c.head_dim), name="v")(x)
-        out, cache = attend(rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta), v)
+        out, cache = attend(rotate(q, rotation), rotate(k, rotation), v)
         return dense(c.hidden_size, axis=(-2, -1), name="out")(out), cache
 
 
@@ -97,10 +108,10 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, attend: Attend, valid):
+    def __call__(self, x, rotation: Rotation, attend: Attend, valid):
         c = self.config
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
-        attended, cache = Attention(c, name="attention")(norm(name="attention_norm")(x), positions, attend)
+        attended, cache = Attention(c, name="attention")(norm(name="attention_norm")(x), rotation, attend)
         x = x + attended
         h = norm(name="mlp_norm")(x)
         if c.num_experts:
@@ -122,10 +133,10 @@ def init(key: Key[Array, ""], config: ModelConfig) -> PyTree:
     """Parameters: {embed [V D], layers {... [L ...]}, final_norm [D], unembed [D V] unless tied}."""
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 2, config.hidden_size), config.dtype)
-    positions, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+    turn, valid = rotation(jnp.arange(2), config), jnp.ones((1, 2), bool)
 
     def init_layer(key):
-        return Block(config).init(key, x, positions, causal_attention, valid)["params"]
+        return Block(config).init(key, x, turn, causal_attention, valid)["params"]
 
     scale = config.hidden_size**-0.5
     shape = (config.vocab_size, config.hidden_size)
@@ -170,11 +181,11 @@ def forward(
     attend: Attend = causal_attention,
 ) -> Hidden:
     """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    turn = rotation(jnp.arange(tokens.shape[1]), config)  # position = column
     x = constrain(embed(params, tokens, config), ROWS)
 
     def apply_block(x, layer_params):
-        x, cache, router = Block(config).apply({"params": layer_params}, x, positions, attend, valid)
+        x, cache, router = Block(config).apply({"params": layer_params}, x, turn, attend, valid)
         return constrain(x, ROWS), (cache, router)
 
     body: Callable = jax.checkpoint(apply_block) if config.remat else apply_block

@@ -24,6 +24,10 @@ def _sample_add(rng: np.random.Generator, num_digits: int) -> Data:
     return {"a": _of_digits(rng, num_digits), "b": _of_digits(rng, num_digits)}
 
 
+def _ask_add(data: Data) -> str:
+    return f"{data['a']}+{data['b']}="
+
+
 def _work_add(data: Data) -> Solution:
     """Units first, ``digit+digit+carry=sum``: 47+85 is 7+5+0=12, then 4+8+1=13."""
     steps, carry = [], 0
@@ -37,6 +41,10 @@ def _work_add(data: Data) -> Solution:
 def _sample_sub(rng: np.random.Generator, num_digits: int) -> Data:
     b, a = sorted((_of_digits(rng, num_digits), _of_digits(rng, num_digits)))
     return {"a": a, "b": b}
+
+
+def _ask_sub(data: Data) -> str:
+    return f"{data['a']}-{data['b']}="
 
 
 def _work_sub(data: Data) -> Solution:
@@ -57,6 +65,10 @@ def _sample_mod(rng: np.random.Generator, num_ops: int, *moduli: int) -> Data:
         sign = "+-*"[int(rng.integers(3))]
         ops.append(f"{sign}{int(rng.integers(2 if sign == '*' else 1, modulus))}")
     return {"modulus": modulus, "start": int(rng.integers(modulus)), "ops": ops}
+
+
+def _ask_mod(data: Data) -> str:
+    return f"{data['modulus']}:{data['start']},{joined(data['ops'])}="
 
 
 def _work_mod(data: Data) -> Solution:
@@ -80,6 +92,10 @@ def _sample_gcd(rng: np.random.Generator, max_gcd: int, max_cofactor: int) -> Da
     return {"a": common * high, "b": common * low}
 
 
+def _ask_gcd(data: Data) -> str:
+    return f"{data['a']},{data['b']}="
+
+
 def _work_gcd(data: Data) -> Solution:
     """Euclid: ``48%18=12 18%12=6 12%6=0``."""
     a, b, steps = data["a"], data["b"], []
@@ -98,6 +114,10 @@ def _sample_pow(rng: np.random.Generator, low: int, high: int, low_exponent: int
     return {"base": int(rng.integers(2, modulus)), "exponent": exponent, "modulus": modulus}
 
 
+def _ask_pow(data: Data) -> str:
+    return f"{data['base']}^{data['exponent']}%{data['modulus']}="
+
+
 def _work_pow(data: Data) -> Solution:
     """Square, and multiply where the exponent's next bit is 1, reduced: 3^6 modulo 7 is ``3*3=2 2*3=6 6*6=1``."""
     base, modulus, value, steps = data["base"], data["modulus"], data["base"], []
@@ -113,6 +133,10 @@ def _sample_base(rng: np.random.Generator, low: int, high: int, low_base: int, h
     return {"number": int(rng.integers(low, high + 1)), "base": int(rng.integers(low_base, high_base + 1))}
 
 
+def _ask_base(data: Data) -> str:
+    return f"{data['base']}:{data['number']}="
+
+
 def _work_base(data: Data) -> Solution:
     """Quotient and remainder until nothing is left: 11 in base 2 is ``5r1 2r1 1r0 0r1``, read backwards."""
     number, steps, digits = data["number"], [], []
@@ -124,28 +148,28 @@ def _work_base(data: Data) -> Solution:
 
 
 TASKS = (
-    Relation("add", ((1,), (2,), (3,), (4,), (6,)), _sample_add, lambda d: f"{d['a']}+{d['b']}=", _work_add),
-    Relation("sub", ((1,), (2,), (3,), (4,), (6,)), _sample_sub, lambda d: f"{d['a']}-{d['b']}=", _work_sub),
+    Relation("add", ((1,), (2,), (3,), (4,), (6,)), _sample_add, _ask_add, _work_add),
+    Relation("sub", ((1,), (2,), (3,), (4,), (6,)), _sample_sub, _ask_sub, _work_sub),
     Relation(  # operations, then the moduli to draw from
         "mod",
         ((1, 10), (2, 7, 9, 10), (4, 7, 9, 10), (6, 7, 9, 10), (8, 7, 9, 10)),
         _sample_mod,
-        lambda d: f"{d['modulus']}:{d['start']},{joined(d['ops'])}=",
+        _ask_mod,
         _work_mod,
     ),
-    Relation("gcd", ((9, 9), (20, 30), (40, 40), (90, 99)), _sample_gcd, lambda d: f"{d['a']},{d['b']}=", _work_gcd),
+    Relation("gcd", ((9, 9), (20, 30), (40, 40), (90, 99)), _sample_gcd, _ask_gcd, _work_gcd),
     Relation(
         "pow",
         ((7, 13, 2, 7), (11, 31, 4, 23), (17, 43, 24, 63), (31, 47, 64, 255)),
         _sample_pow,
-        lambda d: f"{d['base']}^{d['exponent']}%{d['modulus']}=",
+        _ask_pow,
         _work_pow,
     ),
     Relation(
         "base",
         ((4, 31, 2, 4), (100, 999, 5, 9), (1000, 4999, 4, 9), (10_000, 49_999, 3, 9)),
         _sample_base,
-        lambda d: f"{d['base']}:{d['number']}=",
+        _ask_base,
         _work_base,
     ),
 )

@@ -59,6 +59,10 @@ def _sample_close(rng: np.random.Generator, num_kinds: int, length: int, min_dep
     return {"prefix": first_accepted(prefix, lambda text: len(_unclosed(text)) >= min_depth)}
 
 
+def _ask_close(data: Data) -> str:
+    return f"{data['prefix']}?"
+
+
 def _work_close(data: Data) -> Solution:
     """Cross out adjacent pairs, all at once, until none is left, then mirror the rest: ``([{}( ([(``, so ``)])``."""
     text, rounds = data["prefix"], [data["prefix"]]
@@ -85,7 +89,7 @@ TASKS = (
         "close",
         ((3, 4, 2), (4, 6, 2), (4, 9, 3), (4, 12, 4)),
         _sample_close,
-        lambda d: f"{d['prefix']}?",
+        _ask_close,
         _work_close,
     ),
 )

@@ -5,19 +5,22 @@ import itertools
 import numpy as np
 
 from rl_reason.tasks.base import Solution
-from rl_reason.tasks.relation import Data, Relation, digits_of, first_accepted, joined, shown
+from rl_reason.tasks.relation import Data, Relation, digits_of, joined, shown
 
 NUM_COLORS = 3
 
 
-def _ask_edges(data: Data) -> str:
-    return joined(f"{a}{b}" for a, b in data["edges"])
+def _ask_color(data: Data) -> str:
+    return f"{data['nodes']},{NUM_COLORS}:{joined(f'{a}{b}' for a, b in data['edges'])}?"
 
 
-def _drawn_edges(rng: np.random.Generator, num_nodes: int, num_edges: int) -> list[list[int]]:
-    """Distinct pairs of nodes in ascending order."""
-    pairs = list(itertools.combinations(range(num_nodes), 2))
-    return sorted(list(pairs[int(i)]) for i in rng.choice(len(pairs), size=num_edges, replace=False))
+def _ask_topo(data: Data) -> str:
+    return f"{data['nodes']}:{joined(f'{a}{b}' for a, b in data['edges'])}?"
+
+
+def _some(rng: np.random.Generator, pairs: list[tuple[int, int]], count: int) -> list[list[int]]:
+    """So many of the pairs, in ascending order."""
+    return sorted(list(pairs[int(i)]) for i in rng.choice(len(pairs), size=count, replace=False))
 
 
 def _free_colors(edges: list[list[int]], colors: list[int]) -> list[int]:
@@ -39,10 +42,10 @@ def _coloring(num_nodes: int, edges: list[list[int]]) -> list[int] | None:
 
 
 def _sample_color(rng: np.random.Generator, num_nodes: int, num_edges: int) -> Data:
-    edges = first_accepted(
-        lambda: _drawn_edges(rng, num_nodes, num_edges), lambda e: _coloring(num_nodes, e) is not None
-    )
-    return {"nodes": num_nodes, "edges": edges}
+    """Edges between classes of equal size, so that a colouring exists; a fixed one is rarely right."""
+    hidden = (rng.permutation(num_nodes) % NUM_COLORS).tolist()
+    pairs = [pair for pair in itertools.combinations(range(num_nodes), 2) if hidden[pair[0]] != hidden[pair[1]]]
+    return {"nodes": num_nodes, "edges": _some(rng, pairs, num_edges)}
 
 
 def _work_color(data: Data) -> Solution:
@@ -63,11 +66,9 @@ def _check_color(answer: str, data: Data) -> str:
 
 
 def _sample_topo(rng: np.random.Generator, num_nodes: int, num_edges: int) -> Data:
-    order = rng.permutation(num_nodes).tolist()
-    return {
-        "nodes": num_nodes,
-        "edges": sorted([order[a], order[b]] for a, b in _drawn_edges(rng, num_nodes, num_edges)),
-    }
+    """Edges that agree with a hidden order."""
+    pairs = list(itertools.combinations(rng.permutation(num_nodes).tolist(), 2))
+    return {"nodes": num_nodes, "edges": _some(rng, pairs, num_edges)}
 
 
 def _work_topo(data: Data) -> Solution:
@@ -94,7 +95,7 @@ TASKS = (
         "color",
         ((5, 6), (6, 9), (7, 12), (8, 15)),
         _sample_color,
-        lambda d: f"{d['nodes']},{NUM_COLORS}:{_ask_edges(d)}?",
+        _ask_color,
         _work_color,
         _check_color,
     ),
@@ -102,7 +103,7 @@ TASKS = (
         "topo",
         ((4, 4), (5, 6), (6, 8), (8, 12)),
         _sample_topo,
-        lambda d: f"{d['nodes']}:{_ask_edges(d)}?",
+        _ask_topo,
         _work_topo,
         _check_topo,
     ),

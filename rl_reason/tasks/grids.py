@@ -12,6 +12,10 @@ WALL, OPEN, BLANK = "x", ".", "."
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
 
+def _ask_board(data: Data) -> str:
+    return f"{joined(data['rows'], '/')}?"
+
+
 def _find(rows: list[str], char: str) -> tuple[int, int]:
     return next((r, row.index(char)) for r, row in enumerate(rows) if char in row)
 
@@ -150,6 +154,10 @@ def _sample_queen(rng: np.random.Generator, size: int, num_given: int) -> Data:
     return {"columns": "".join(char if r in given else BLANK for r, char in enumerate(columns))}
 
 
+def _ask_queen(data: Data) -> str:
+    return f"{data['columns']}?"
+
+
 def _free_columns(columns: str, row: int) -> list[int]:
     """Columns of a row that no placed queen attacks."""
     placed = [(r, int(char)) for r, char in enumerate(columns) if char != BLANK]
@@ -192,7 +200,7 @@ TASKS = (
         "path",
         ((3, 2), (4, 3), (5, 5), (6, 7)),
         _sample_path,
-        lambda d: f"{joined(d['rows'], '/')}?",
+        _ask_board,
         _work_path,
         _check_path,
     ),
@@ -200,7 +208,7 @@ TASKS = (
         "latin",
         ((3, 3), (4, 5), (4, 8), (5, 11)),
         _sample_latin,
-        lambda d: f"{joined(d['rows'], '/')}?",
+        _ask_board,
         _work_latin,
         _check_latin,
     ),
@@ -208,7 +216,7 @@ TASKS = (
         "queen",
         ((5, 2), (7, 3), (8, 3), (9, 3)),
         _sample_queen,
-        lambda d: f"{d['columns']}?",
+        _ask_queen,
         _work_queen,
         _check_queen,
     ),

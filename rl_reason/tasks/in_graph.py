@@ -111,7 +111,7 @@ def answer_span(text: Text, vocabulary: TokenBytes) -> tuple[Int[Array, " N"], I
     after = jnp.clip(mark_end[:, None] - text.start, 0, vocabulary.table.shape[1])
     ink = vocabulary.next_ink[text.tokens, after]
     never = jnp.iinfo(jnp.int32).max
-    first = jnp.min(jnp.where((ink < length) & (text.end > mark_end[:, None]), text.start + ink, never), axis=1)
+    first = jnp.min(jnp.where(ink < length, text.start + ink, never), axis=1)
     last_ink = vocabulary.last_ink[text.tokens]
     last = jnp.max(jnp.where((length > 0) & (last_ink >= 0), text.start + last_ink, -1), axis=1)
     empty = first == never
@@ -172,7 +172,7 @@ def _path(body: Int[Array, " Q"], answer: Int[Array, " A"], length: Int[Array, "
     wall = body[jnp.where(on_board, cell, 0)] == ord("x")
     legal = on_board & ~wall & ((down != 0) | (right != 0))
     past = jnp.arange(answer.shape[0]) >= length
-    return (length > 0) & (length <= size * size) & jnp.all(legal | past) & (cell[-1] == goal)
+    return (length <= size * size) & jnp.all(legal | past) & (cell[-1] == goal)
 
 
 def _filled(body: Int[Array, " Q"], answer: Int[Array, " A"], length: Int[Array, ""], high) -> tuple:

@@ -21,7 +21,7 @@ class Relation:
     """A task made of pure functions; ``sizes[i]`` is what ``sample`` gets at level ``i + 1``.
 
     ``check(answer, data)`` says what is wrong with an answer, nothing when it is right. Without a check the oracle's
-    answer is the only right one.
+    answer is the only right one. All four are named functions of a module, so that a task can be pickled.
     """
 
     name: str

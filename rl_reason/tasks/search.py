@@ -121,6 +121,10 @@ def _sample_make(rng: np.random.Generator, count: int, high: int) -> Data:
     return first_accepted(drawn, lambda data: 2 <= data["target"] <= 99 and data["target"] not in data["numbers"])
 
 
+def _ask_make(data: Data) -> str:
+    return f"{data['target']}:{joined(data['numbers'])}?"
+
+
 def _work_make(data: Data) -> Solution:
     """Two numbers at a time, ``3*7=21 21+5=26``, and then as one expression, ``3*7+5``."""
     operations = _search(list(data["numbers"]), data["target"])
@@ -147,7 +151,7 @@ TASKS = (
         "make",
         ((2, 9), (3, 9), (3, 25), (4, 25)),
         _sample_make,
-        lambda d: f"{d['target']}:{joined(d['numbers'])}?",
+        _ask_make,
         _work_make,
         _check_make,
     ),

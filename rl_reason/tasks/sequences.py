@@ -10,6 +10,10 @@ def _sample_sort(rng: np.random.Generator, length: int) -> Data:
     return {"digits": joined(rng.integers(10, size=length), "")}
 
 
+def _ask_sort(data: Data) -> str:
+    return f"{data['digits']}="
+
+
 def _work_sort(data: Data) -> Solution:
     """Insert the digits one by one: ``5 35 359 1359``."""
     done, steps = "", []
@@ -23,6 +27,10 @@ def _sample_reverse(rng: np.random.Generator, length: int) -> Data:
     return {"letters": "".join(chr(ord("a") + int(i)) for i in rng.integers(26, size=length))}
 
 
+def _ask_reverse(data: Data) -> str:
+    return f"{data['letters']}="
+
+
 def _work_reverse(data: Data) -> Solution:
     """Number the letters, then read them from the last: ``1k2f3a``. At most nine, so that a number is one digit."""
     letters = data["letters"]
@@ -33,6 +41,10 @@ def _sample_max(rng: np.random.Generator, count: int, num_digits: int) -> Data:
     return {"numbers": rng.integers(10 ** (num_digits - 1), 10**num_digits, size=count).tolist()}
 
 
+def _ask_max(data: Data) -> str:
+    return f"{joined(data['numbers'])}="
+
+
 def _work_max(data: Data) -> Solution:
     """The largest so far: ``35 82 82``."""
     numbers = data["numbers"]
@@ -40,7 +52,7 @@ def _work_max(data: Data) -> Solution:
 
 
 TASKS = (
-    Relation("sort", ((3,), (4,), (6,), (8,)), _sample_sort, lambda d: f"{d['digits']}=", _work_sort),
-    Relation("rev", ((3,), (5,), (7,), (9,)), _sample_reverse, lambda d: f"{d['letters']}=", _work_reverse),
-    Relation("max", ((3, 2), (5, 2), (8, 2), (8, 3)), _sample_max, lambda d: f"{joined(d['numbers'])}=", _work_max),
+    Relation("sort", ((3,), (4,), (6,), (8,)), _sample_sort, _ask_sort, _work_sort),
+    Relation("rev", ((3,), (5,), (7,), (9,)), _sample_reverse, _ask_reverse, _work_reverse),
+    Relation("max", ((3, 2), (5, 2), (8, 2), (8, 3)), _sample_max, _ask_max, _work_max),
 )

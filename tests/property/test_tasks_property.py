@@ -1,6 +1,10 @@
 """Laws of every task under arbitrary keys, and verifiers under arbitrary text: no exception, a verdict, quickly."""
 
 import math
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_reason import tasks
 from rl_reason.tasks import TASKS
 from rl_reason.tasks.base import ANSWER_MARK, draw, extract_answer, split_of
 
@@ -49,7 +54,7 @@ completions = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(names, st.integers(0, 9), seeds, st.sampled_from(["train", "heldout"]), st.integers(0, 2**40))
 def test_any_key_gives_a_problem_that_its_oracle_solves(name, level, seed, split, index):
     task = TASKS[name]
@@ -62,7 +67,7 @@ def test_any_key_gives_a_problem_that_its_oracle_solves(name, level, seed, split
     assert extract_answer(solution.completion) == solution.answer == solution.answer.strip()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(names, completions)
 def test_any_text_gets_a_verdict(name, completion):
     task = TASKS[name]
@@ -90,7 +95,7 @@ def test_thousands_of_random_strings_neither_raise_nor_take_long(name):
     rng, task = np.random.default_rng(0), TASKS[name]
     problem = draw(task, task.levels[-1], seed=0, split="train", index=1)
     answer, taken = task.solve(problem).answer, []
-    for i in range(2000):
+    for i in range(1000):
         count = int(rng.integers(1, 40))
         tail = (
             rng.bytes(count).decode("latin-1"),
@@ -99,8 +104,36 @@ def test_thousands_of_random_strings_neither_raise_nor_take_long(name):
             "9" * 10 ** int(rng.integers(6)),
             "(" * 10 ** int(rng.integers(6)) + answer,
         )[i % 5]
-        started = time.perf_counter()
+        started = time.thread_time()
         verdict = task.verify(f"{ANSWER_MARK}{tail}", problem)
-        taken.append(time.perf_counter() - started)
+        taken.append(time.thread_time() - started)
         assert verdict.valid and math.isfinite(verdict.score)
-    assert np.quantile(taken, 0.99) < 0.005
+    assert np.quantile(taken, 0.99) < 0.005  # seconds of this thread, so that a busy machine does not count
+
+
+SAME_BYTES = """
+import hashlib, sys
+from rl_reason.tasks import TASKS
+from rl_reason.tasks.base import draw
+text = ""
+for task in reversed(TASKS.values()) if sys.argv[1] == "reversed" else TASKS.values():
+    part = ""
+    for level in task.levels:
+        for split in ("train", "heldout"):
+            for index in range(5):
+                problem = draw(task, level, seed=7, split=split, index=index)
+                part += task.prompt(problem) + task.solve(problem).completion
+    text += task.name + hashlib.sha256(part.encode()).hexdigest() + "\\n"
+assert "jax" not in sys.modules, "the tasks must not import jax"
+print("\\n".join(sorted(text.split())))
+"""
+
+
+def test_the_same_key_gives_the_same_bytes_in_every_process_and_order():
+    def run(order, hash_seed):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        root = pathlib.Path(tasks.__file__).parents[2]
+        command = [sys.executable, "-c", SAME_BYTES, order]
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run("forward", "0") == run("reversed", "12345") != ""

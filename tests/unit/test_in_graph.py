@@ -1,5 +1,6 @@
 """The in-graph verifiers say what the text verifiers say, on tens of thousands of mutated token rows per task."""
 
+import dataclasses
 import types
 
 import jax
@@ -17,6 +18,7 @@ NAMES = sorted(IN_GRAPH)
 ROWS, PROBLEMS, PROMPT, COMPLETION, REFERENCE = 10_000, 100, 64, 48, 16
 MARK = TOKENIZER.encode("####")
 SPACE = TOKENIZER.encode(" ")
+NUL = TOKENIZER.encode("\x00")[0]  # a byte like any other, though zeros also fill what is unused
 # Characters that answers are made of, per task, so that random answers are at times right.
 ALPHABET = {
     "color": "012",
@@ -95,8 +97,8 @@ def mutant(rng, name, answer, other, prompt):
     ]
     row = list(mark[int(rng.integers(len(mark)))]) + body
     row = rng.integers(TOKENIZER.vocab_size, size=rng.integers(4)).tolist() * int(rng.random() < 0.3) + row
-    for _ in range(int(rng.integers(4)) * int(rng.random() < 0.5)):  # spaces and things that write nothing, anywhere
-        filler = (SPACE[0], 0, 1, 3, TOKENIZER.vocab_size, -1)[int(rng.integers(6))]
+    for _ in range(int(rng.integers(4)) * int(rng.random() < 0.5)):  # spaces, NULs and what writes nothing, anywhere
+        filler = (SPACE[0], 0, 1, 3, TOKENIZER.vocab_size, -1, NUL)[int(rng.integers(7))]
         end = len(row) if rng.random() < 0.5 else int(rng.integers(len(row) + 1))
         row[end:end] = [filler]
     if rng.random() < 0.2:
@@ -179,6 +181,21 @@ def test_marks_and_spaces_inside_and_across_long_tokens():
         written = b"".join(pieces[i] for i in row[kept]).decode("utf-8", errors="replace")
         assert right == bool(task.verify(written, problem).score), written
     assert graph.sum() > 200
+
+
+def test_wandering_paths_are_as_long_as_the_text_verifier_lets_them():
+    """Random mutants are never long and legal at once, so that nothing else tries the limit of size**2 moves."""
+    task, level = TASKS["path"], TASKS["path"].levels[0]
+    problem = dataclasses.replace(
+        draw(task, level, seed=0, split="train", index=0), data={"rows": ["S.G", "...", "x.."]}
+    )
+    completions = [TOKENIZER.encode("####" + "RL" * k + end) for k in range(20) for end in ("RR", "R", "DUDURR")]
+    tokens, lengths = rows_of(completions, 64)
+    prompts, prompt_len = rows_of([TOKENIZER.encode(task.prompt(problem))] * len(completions), 16)
+    mask, route = np.arange(64)[None, :] < lengths[:, None], np.zeros(len(completions), np.int32)
+    graph = jax.jit(make_verifier(["path"], TOKENIZER))(prompts, prompt_len, None, tokens, mask, route)
+    text = [bool(task.verify(TOKENIZER.decode(ids), problem).score) for ids in completions]
+    assert graph.tolist() == text and sum(text) == 6  # "RR" after 0 to 3 detours, "DUDURR" after 0 or 1
 
 
 def test_every_prompt_and_answer_fits():

@@ -11,12 +11,10 @@ import functools
 import itertools
 import json
 import math
-import os
 import pathlib
+import pickle
 import re
 import statistics
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -24,7 +22,7 @@ import pytest
 
 from rl_reason import tasks
 from rl_reason.tasks import TASKS, get
-from rl_reason.tasks.base import ANSWER_MARK, Problem, Solution, Task, draw, split_of
+from rl_reason.tasks.base import ANSWER_MARK, Problem, Task, draw, split_of
 from rl_reason.tasks.relation import first_accepted
 
 EVERY = [(name, level) for name, task in TASKS.items() for level in task.levels]
@@ -170,6 +168,7 @@ def test_registry():
     assert NAIVE.keys() == TASKS.keys()
     for name, task in TASKS.items():
         assert get(name) is task and task.name == name and isinstance(task, Task)
+        assert pickle.loads(pickle.dumps(task)) == task  # it travels to a verifier process
         assert task.levels == tuple(range(1, len(task.levels) + 1)) and len(task.levels) >= 3
     with pytest.raises(KeyError, match=r"no task 'srot'; did you mean sort.*There are add, base"):
         get("srot")
@@ -269,7 +268,7 @@ def test_corruptions_score_what_the_naive_judge_says(name, level):
 CANDIDATES = {  # all answers of a length, which a truth table can enumerate at level 1
     "color": [("012", 5)],
     "topo": [("0123", 4)],
-    "path": [("UDLR", length) for length in range(7)],
+    "path": [("UDLR", length) for length in range(6)],
     "latin": [("0123", 3)],
     "queen": [("12345", 3)],
     "close": [(")]}", length) for length in range(5)],
@@ -287,9 +286,9 @@ def test_truth_table_at_small_size(name):
 
 
 def test_countdown_truth_table():
-    for problem in problems("make", 1, 1):
+    for problem in problems("make", 1, 3):
         characters = [*map(str, problem.data["numbers"]), *"+-*/()"]
-        for length in range(6):
+        for length in range(5):
             for answer in map("".join, itertools.product(characters, repeat=length)):
                 assert score(problem, answer) == naive(problem, answer), (problem, answer)
 
@@ -299,6 +298,20 @@ def test_countdown_is_exact_and_strict():
     assert score(problem, "8/(3-8/3)") == 1.0  # 8 / (1/3), which floats miss
     for wrong in ("8/(3-8/3", "8/(3-8/3))", "8/(8/3-3)", "8/(3-3)-8", "+8/(3-8/3)", "8/(3 -8/3)", "08/(3-8/3)", "24"):
         assert score(problem, wrong) == 0.0, wrong
+
+
+def test_paths_may_wander_but_not_for_ever():
+    problem = Problem(task="path", level=1, data={"rows": ["S.G", "...", "..."]})
+    # There and back k times, then on: 2k+2 moves, of which a board of nine cells allows nine.
+    assert [score(problem, "RL" * k + "RR") for k in range(6)] == [1, 1, 1, 1, 0, 0]
+    assert score(problem, "RRR") == score(problem, "R") == score(problem, "URR") == 0
+
+
+def test_the_last_mark_counts():
+    problem = Problem(task="add", level=1, data={"a": 1, "b": 2})
+    verify = TASKS["add"].verify
+    assert verify("####4####3", problem).score == verify("3####\n######3", problem).score == 1
+    assert verify("####3####4", problem).score == verify("####3#", problem).score == 0
 
 
 # The best constant answer is right so often at most; states and residues are few.
@@ -322,34 +335,6 @@ def test_json_round_trip_changes_nothing(name, level):
         assert TASKS[name].prompt(back) == TASKS[name].prompt(problem) and TASKS[name].solve(back) == solution
         for completion in (solution.completion, f"{solution.completion}1", ""):
             assert TASKS[name].verify(completion, back) == TASKS[name].verify(completion, problem)
-
-
-SAME_BYTES = """
-import hashlib, sys
-from rl_reason.tasks import TASKS
-from rl_reason.tasks.base import draw
-text = ""
-for task in reversed(TASKS.values()) if sys.argv[1] == "reversed" else TASKS.values():
-    part = ""
-    for level in task.levels:
-        for split in ("train", "heldout"):
-            for index in range(5):
-                problem = draw(task, level, seed=7, split=split, index=index)
-                part += task.prompt(problem) + task.solve(problem).completion
-    text += task.name + hashlib.sha256(part.encode()).hexdigest() + "\\n"
-assert "jax" not in sys.modules, "the tasks must not import jax"
-print("\\n".join(sorted(text.split())))
-"""
-
-
-def test_the_same_key_gives_the_same_bytes_in_every_process_and_order():
-    def run(order, hash_seed):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        root = pathlib.Path(tasks.__file__).parents[2]
-        command = [sys.executable, "-c", SAME_BYTES, order]
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
-
-    assert run("forward", "0") == run("reversed", "12345") != ""
 
 
 @each
@@ -384,10 +369,6 @@ def test_size_rises_with_the_level(name):
         drawn = problems(name, level, 60)
         sizes.append(statistics.mean(len(TASKS[name].solve(problem).completion) for problem in drawn))
     assert sizes == sorted(set(sizes))
-
-
-def test_solution_text():
-    assert Solution("1+1=2", "2").completion == "1+1=2####2"
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "parse_expr", "pickle", "marshal", "subprocess", "sympy", "os"}

@@ -7,10 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import sentencepiece
-from experiments.build_tokenizer import corpus, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.build_tokenizer import corpus, main
 from rl_reason.data.tokenizer import EMBEDDED, Tokenizer
 from rl_reason.tasks import TASKS
 from rl_reason.tasks.base import ANSWER_MARK, draw
@@ -18,7 +18,23 @@ from rl_reason.tasks.base import ANSWER_MARK, draw
 TOKENIZER = Tokenizer.load()
 PEER = sentencepiece.SentencePieceProcessor(model_file=str(EMBEDDED))
 # Pieces, and what imitates pieces: names, marks, specials' and bytes' spellings, sentencepiece's space.
-FRAGMENTS = ["add ", "close ", "####", "#", "##", " ", "\u2581", "<s>", "</s>", "<pad>", "<0x41>", "\x00", "\n", "é", "7"]
+FRAGMENTS = [
+    "add ",
+    "close ",
+    "####",
+    "#",
+    "##",
+    " ",
+    "\u2581",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<0x41>",
+    "\x00",
+    "\n",
+    "é",
+    "7",
+]
 texts = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=8))).map("".join)
 
 

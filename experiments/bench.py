@@ -1,0 +1,181 @@
+"""python -m experiments.bench [--config=clipcov.py] [--config.key=value ...] [--out=FILE.json] [--quick]
+
+How fast the loop is on this machine: rollout, update and step, compiling, memory, shares of what the machine can do at
+best; the compiled loop against a host loop on the same weights; slot refill against lock-step batches. Weights are
+random, so nearly all completions run to their limit.
+"""
+
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Mapping
+
+from absl import app, flags, logging
+
+from experiments import config_files
+
+_OUT = flags.DEFINE_string("out", None, "Where the JSON goes; default: bench-<config>.json in the working directory.")
+_QUICK = flags.DEFINE_bool("quick", False, "Fewer repeats and shorter measurements: for tests.")
+_REPEATS = flags.DEFINE_integer("repeats", None, "Timed runs of each program at least; default 5, with --quick 2.", 1)
+_CONFIG = config_files.define_flag()
+DEFAULT_CONFIG = "clipcov.py"
+
+Record = Mapping[str, typing.Any]
+
+
+def with_default_config(argv: list[str]) -> list[str]:
+    """The arguments with ``--config=clipcov.py`` unless they name one."""
+    named = any(word.lstrip("-").partition("=")[0] == "config" for word in argv[1:])
+    return argv if named else [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and writes; whatever the user can mend ends in a message that starts "error:"."""
+    if argv[1:]:
+        raise SystemExit(f"error: unexpected {argv[1]!r}; write --name=value.")
+    config: typing.Any = config_files.checked(_CONFIG.value)
+    logging.set_verbosity(logging.WARNING)
+    config_files.prepare_host()
+    if config.model.dtype == "float64":
+        os.environ["JAX_ENABLE_X64"] = "1"
+    from rl_reason.bench.measure import measure
+    from rl_reason.report.console import Display
+    from rl_reason.report.files import to_json, write_atomic
+
+    name = config_files.name_of(config_files.resolved(with_default_config(sys.argv)))
+    display = Display()
+    try:
+        repeats = _REPEATS.value or (2 if _QUICK.value else 5)
+        record = {"config": name, **measure(config, repeats=repeats, quick=_QUICK.value, say=display.info)}
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    out = pathlib.Path(_OUT.value or f"bench-{name}.json")
+    write_atomic(out, to_json(record, indent=1) + "\n")
+    print_bench(display, record)
+    display.info(str(out))
+
+
+def rows_of(record: Record) -> list[tuple[str, str, str] | None]:
+    """(what, its value, a note) line by line; None is a rule."""
+    from rl_reason.report.console import human
+
+    def rate(part: Record) -> str:
+        return f"{human(part['tokens_per_s'])} tok/s"
+
+    def peak(program: str) -> str:
+        size = record["programs"][program]["memory"].get("peak")
+        return "?" if size is None else f"{human(size)}B"
+
+    rates, host, refill = record["rates"], record["host_loop"], record["refill"]
+    rollout, update, step, seconds = (record[name] for name in ("rollout", "update", "step", "compile_seconds"))
+    per_decode_step = 1e3 * rollout["median_seconds"] / rollout["decode_steps"]
+    flops = f"rollout {human(rollout['model_flops'])}, update {human(update['model_flops'])}"
+    moved = f"rollout {human(rollout['model_bytes'])}B, update {human(update['model_bytes'])}B"
+    return [
+        ("matmul rate", f"{human(rates['matmul_flops_per_s'])}FLOP/s", f"{rates['matmul']['dtype']}, measured"),
+        ("copy rate", f"{human(rates['copy_bytes_per_s'])}B/s", "read and written, measured"),
+        None,
+        ("rollout", rate(rollout), roofline_note(rollout)),
+        ("  decode step", f"{per_decode_step:.3g} ms", decode_note(rollout)),
+        ("update", rate(update), roofline_note(update)),
+        ("step", rate(step), f"{step['median_seconds']:.3g} s, MFU {percent(step['mfu'])}"),
+        ("  model FLOPs", human(step["model_flops"]), flops),
+        ("  model bytes", f"{human(step['model_bytes'])}B", moved),
+        None,
+        ("compiled loop", f"x {host['rollout_ratio']:.2f} rollout", host_note(host)),
+        ("", f"x {host['step_ratio']:.2f} step", "over the host loop's step"),
+        ("slot refill", f"x {refill['ratio']:.2f} rollout", refill_note(refill)),
+        ("", f"x {refill['ratio_to_host']:.2f} rollout", f"over the host loop there: {rate(refill['host'])}"),
+        None,
+        (
+            "compile",
+            f"{seconds['step']:.1f} s step",
+            f"rollout {seconds['rollout']:.1f}, update {seconds['update']:.1f}",
+        ),
+        (
+            "memory",
+            f"{peak('step')} step",
+            f"rollout {peak('rollout')}, update {peak('update')}; the compiler's count",
+        ),
+        ("", f"{human(record['memory']['process_peak_bytes'])}B host", memory_note(record["memory"])),
+    ]
+
+
+def roofline_note(part: Record) -> str:
+    """How near a part came to what the machine can do."""
+    return f"{part['median_seconds']:.3g} s, {percent(part['roofline_share'])} of the {part['bound']} roofline"
+
+
+def host_note(host: Record) -> str:
+    """What the compiled loop is compared with."""
+    from rl_reason.report.console import human
+
+    call = f"{1e3 * host['seconds_per_call']:.3g} ms a call"
+    return f"over a call a token: {human(host['rollout_tokens_per_s'])} tok/s, {call}"
+
+
+def percent(share: float) -> str:
+    """'12%', or '0.34%'."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def decode_note(rollout: Record) -> str:
+    """What a decode step holds and moves."""
+    from rl_reason.report.console import human
+
+    filled = f"{percent(rollout['slot_occupancy'])} of slots filled"
+    return f"{rollout['decode_steps']} steps, {filled}, {human(rollout['bytes_per_decode_step'])}B each"
+
+
+def refill_note(refill: Record) -> str:
+    """Both schedules in a line."""
+    from rl_reason.report.console import human
+
+    fast, slow = (human(refill[name]["tokens_per_s"]) for name in ("refill", "lock_step"))
+    lengths = f"lognormal lengths, mean {refill['mean_length']:.1f} of {refill['limit']}"
+    return f"over lock-step batches: {fast}, {slow} tok/s; {lengths}"
+
+
+def memory_note(memory: Record) -> str:
+    """The devices' own count, where they keep one."""
+    from rl_reason.report.console import human
+
+    peak = memory["device_peak_bytes"]
+    return "resident" if peak is None else f"resident; device peak {human(peak)}B"
+
+
+def print_bench(display: typing.Any, record: Record) -> None:
+    """The table, at most 80 columns wide."""
+    import rich.box
+    import rich.table
+    import rich.text
+
+    machine = record["machine"]
+    head = (
+        f"{record['config']}: {machine['cpu']}, {machine['cores']} cores; {', '.join(sorted(set(machine['devices'])))}"
+    )
+    box = rich.box.SIMPLE_HEAD if display.unicode else rich.box.ASCII2
+    table = rich.table.Table(box=box, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False, width=80)
+    table.add_column("median of runs", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim", ratio=1)
+    for row in rows_of(record):
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(rich.text.Text(row[0], "bold"), row[1], row[2])
+    display.console.print()
+    display.console.print(rich.text.Text(f"{head} x {len(machine['devices'])}; jax {machine['versions']['jax']}"))
+    model = record["model"]
+    what = f"{model['params']:,} parameters, {model['dtype']}; {record['repeats']} runs or more of each"
+    display.console.print(rich.text.Text(what, "dim"))
+    if (machine["load_average"] or 0) > machine["cores"] / 2:
+        display.warn(
+            f"load average {machine['load_average']:.1f} at the start: others use this machine, times are too long"
+        )
+    display.console.print(table)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=lambda argv: config_files.parse(with_default_config(argv)))

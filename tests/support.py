@@ -1,0 +1,133 @@
+"""Tiny models, prompts and parts for tests: everything a loop needs, in shapes that compile in a second or two."""
+
+import dataclasses
+import importlib
+import pathlib
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl_reason import build
+from rl_reason.batch import BatchPlan
+from rl_reason.loop.parts import Parts
+from rl_reason.models import transformer
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.rollout import RolloutConfig
+from rl_reason.types import Prompts, Rollout, Verdicts
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+VOCAB, PAD, EOS = 13, 0, 2
+PROMPT_WIDTH, COMPLETION_LEN = 5, 6
+
+
+def config_names() -> list[str]:
+    """Every experiment in configs/, found rather than listed."""
+    return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+def load_config(name: str, arg: str = "smoke"):
+    """configs/<name>.py:<arg>."""
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def one_device() -> list:
+    """For ``build.build(config, devices)``, where a test wants no sharding."""
+    return jax.devices()[:1]
+
+
+def tiny_model(**changes: typing.Any) -> ModelConfig:
+    """Two layers, grouped-query attention, 13 tokens; ``num_experts=4, experts_per_token=2`` makes it a mixture."""
+    model = ModelConfig(
+        vocab_size=VOCAB,
+        num_layers=2,
+        hidden_size=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        mlp_size=12,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        num_experts=0,
+        experts_per_token=0,
+        dtype="float32",
+        param_dtype="float32",
+        scan_layers=False,
+        scan_decode=False,
+        remat=False,
+    )
+    return dataclasses.replace(model, **changes)
+
+
+MOE: dict[str, typing.Any] = dict(num_experts=4, experts_per_token=2)
+FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
+
+
+_init = jax.jit(transformer.init, static_argnums=1)
+
+
+def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 2.0):
+    """Random parameters; embeddings are ``scale`` times their usual size, so that tokens differ in probability."""
+    params = _init(jax.random.key(seed), model)
+    return params | {"embed": params["embed"] * scale}
+
+
+def tiny_prompts(batch: int = 4, seed: int = 0, width: int = PROMPT_WIDTH, vocab: int = VOCAB) -> Prompts:
+    """Random prompts of 1 to ``width`` tokens that hold neither padding nor EOS; uid = row."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, width + 1, batch)
+    tokens = np.where(np.arange(width) < length[:, None], rng.integers(EOS + 1, vocab, (batch, width)), PAD)
+    index = jnp.arange(batch, dtype=jnp.int32)
+    return Prompts(
+        tokens=jnp.asarray(tokens, jnp.int32), prompt_len=jnp.asarray(length, jnp.int32), example_id=index, uid=index
+    )
+
+
+def tiny_rollout(**changes: typing.Any) -> RolloutConfig:
+    """Groups of two, six tokens, four slots: fewer slots than rows, so that refills happen."""
+    rollout = RolloutConfig(
+        group_size=2,
+        completion_len=COMPLETION_LEN,
+        num_slots=4,
+        check_every=2,
+        prefill_rows=0,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
+    return dataclasses.replace(rollout, **changes)
+
+
+def tiny_parts(
+    config: typing.Any = "base",
+    model: typing.Mapping[str, typing.Any] | None = None,
+    rollout: typing.Mapping[str, typing.Any] | None = None,
+    **plan: typing.Any,
+) -> Parts:
+    """The parts of a config (by name, or one at hand), its slots and losses untouched, around a tiny model.
+
+    By default 4 prompts a step in groups of 2, the config's minibatches (at most 4) and one microbatch; ``plan``
+    changes any field of BatchPlan. The step's prompts are then ``tiny_prompts(4)``.
+    """
+    config = load_config(config) if isinstance(config, str) else config
+    parts = build.build(config, one_device()).parts
+    sizes = dataclasses.asdict(parts.plan) | dict(
+        prompts_per_step=4, group_size=2, train_group_size=2, generated_prompts=4, max_rounds=1, microbatch_rows=0
+    )
+    plan = BatchPlan(**sizes | plan)
+    shapes = dict(group_size=plan.group_size, num_shards=plan.row_shards)
+    return dataclasses.replace(
+        parts,
+        model=tiny_model(**model or {}),
+        rollout=tiny_rollout(**shapes | dict(rollout or {})),
+        plan=plan,
+    )
+
+
+def parity_verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
+    """A verifier in graph: right when the completion's tokens sum to an even number. Always valid."""
+    del prompts
+    total = jnp.where(rollout.completion_mask, rollout.tokens, 0).sum(1)
+    score = (total % 2 == 0).astype(rollout.rollout_logprobs.dtype)
+    return Verdicts(score, jnp.ones_like(rollout.truncated))
