@@ -18,8 +18,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"no variant {arg!r}; there are: bare, {', '.join(a for a in ARGS if a)}.")
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_steps = 120
-    config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
+    config.num_steps = 80
+    config.steps_per_call = 5  # K steps in one compiled scan; a chunk should stay under 10 s
 
     config.model = dict(
         num_layers=3,
@@ -44,8 +44,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
 
     config.data = dict(
-        tasks=("add", "sort", "mod"),
-        levels=((1, 2, 3), (1, 2, 3), (1, 2)),  # one tuple of levels a task; None: all
+        tasks=("add", "sub", "dfa"),
+        levels=((1, 2), (1, 2), (1, 2)),  # one tuple of levels a task; None: all
         weights=config_dict.placeholder(tuple),
         files=(),
         heldout_files=(),
@@ -59,22 +59,23 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         shuffle=True,
         on_bad_row="refuse",  # or "skip"
         on_long_prompt="refuse",
-        max_prompt_len_tokens=16,
-        max_demonstration_len_tokens=40,
+        max_prompt_len_tokens=18,
+        max_demonstration_len_tokens=24,
         max_reference_len_tokens=8,
     )
 
     config.warmup = dict(
-        num_steps=300,  # 0 starts RL from random weights
+        num_steps=400,  # 0 starts RL from random weights
         steps_per_call=50,
         batch_size=128,
+        direct_share=0.6,  # demonstrations that give the answer without steps: what RL then learns not to do
         learning_rate=2e-3,
         lr_warmup_steps=30,
         weight_decay=0.0,
     )
 
     config.rollout = dict(
-        completion_len=40,  # tokens, EOS included
+        completion_len=24,  # tokens, EOS included
         num_slots=256,
         check_every=4,
         prefill_rows=0,
@@ -110,7 +111,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
 
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         lr_warmup_updates=5,
         lr_decay="constant",  # or "cosine", "linear" to 0 over the run's updates
         weight_decay=0.0,
@@ -136,7 +137,7 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.steps_per_call = 2
     config.model.update(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=64)
     config.warmup.update(num_steps=4, steps_per_call=2, batch_size=16, lr_warmup_steps=1)
-    config.rollout.update(completion_len=40, num_slots=16)
+    config.rollout.update(completion_len=24, num_slots=16)
     config.batch.update(prompts_per_step=8, group_size=4, train_group_size=4, generated_prompts=8)
     config.evaluation.update(num_prompts=16, num_samples=2, num_slots=16)
     config.checkpoint.update(every=2)

@@ -70,6 +70,7 @@ def rows_of(record: Record) -> list[tuple[str, str, str] | None]:
     rates, host, refill = record["rates"], record["host_loop"], record["refill"]
     rollout, update, step, seconds = (record[name] for name in ("rollout", "update", "step", "compile_seconds"))
     per_decode_step = 1e3 * rollout["median_seconds"] / rollout["decode_steps"]
+    alone = seconds["update"]
     flops = f"rollout {human(rollout['model_flops'])}, update {human(update['model_flops'])}"
     moved = f"rollout {human(rollout['model_bytes'])}B, update {human(update['model_bytes'])}B"
     return [
@@ -88,16 +89,8 @@ def rows_of(record: Record) -> list[tuple[str, str, str] | None]:
         ("slot refill", f"x {refill['ratio']:.2f} rollout", refill_note(refill)),
         ("", f"x {refill['ratio_to_host']:.2f} rollout", f"over the host loop there: {rate(refill['host'])}"),
         None,
-        (
-            "compile",
-            f"{seconds['step']:.1f} s step",
-            f"rollout {seconds['rollout']:.1f}, update {seconds['update']:.1f}",
-        ),
-        (
-            "memory",
-            f"{peak('step')} step",
-            f"rollout {peak('rollout')}, update {peak('update')}; the compiler's count",
-        ),
+        ("compile", f"{seconds['step']:.1f} s step", f"rollout {seconds['rollout']:.1f} s, update {alone:.1f} s"),
+        ("memory", f"{peak('step')} step", f"rollout {peak('rollout')}, update {peak('update')}, by the compiler"),
         ("", f"{human(record['memory']['process_peak_bytes'])}B host", memory_note(record["memory"])),
     ]
 

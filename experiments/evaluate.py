@@ -176,7 +176,7 @@ def fit_mesh(config: Config, display: "Display") -> None:
     from rl_reason import sharding
 
     try:
-        sharding.make_mesh(config.mesh)
+        sharding.make_mesh(config.mesh.to_dict())
     except ValueError:
         config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
         display.info(f"the run's mesh does not cover {jax.device_count()} devices; using data={jax.device_count()}")

@@ -19,6 +19,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "Join other processes, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the cluster says.",
 )
 _CONFIG = config_files.define_flag()
+# On resume: what changes no step, and what a run that stopped on non-finite gradients is told to change.
+MAY_CHANGE = ("checkpoint.*", "log.*", "verifier.*", "optimizer.learning_rate", "optimizer.max_skipped_in_a_row")
 
 
 def main(argv: list[str]) -> None:
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
             train.train(session)
         except train.StoppedError as stopped:
             display.warn(str(stopped))
-            sys.exit(0 if interrupts.requested else 1)
+            sys.exit(int(stopped.failed))
         except (RunError, CheckpointError, ExampleError) as error:
             raise SystemExit(f"error: {error}") from error
 
@@ -82,7 +84,7 @@ def run_path(config_name, first, open_run, processes, config):
                 config_name=config_name,
                 run=_RUN.value,
                 resume=_RESUME.value,
-                may_change=("checkpoint.*", "log.*", "verifier.*"),
+                may_change=MAY_CHANGE,
             )
         except (ValueError, OSError) as error:
             refusal = error

@@ -1,7 +1,7 @@
 """Listening to the compiler: how long it took, and whether it was called when it should not have been."""
 
 import time
-import typing
+from collections.abc import Callable
 
 import jax
 
@@ -14,10 +14,10 @@ class CompileClock:
 
     def __init__(self):
         self.seconds, self.programs = 0.0, 0
-        self._on_late: typing.Callable[[str], None] | None = None
+        self._on_late: Callable[[str], None] | None = None
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def steady(self, on_late: typing.Callable[[str], None] | None) -> None:
+    def steady(self, on_late: Callable[[str], None] | None) -> None:
         """From now on a compilation is a bug and is reported; None: it is expected again."""
         self._on_late = on_late
 

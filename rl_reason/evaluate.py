@@ -46,7 +46,7 @@ def setup_of(config: build.Config, devices: list | None = None) -> Setup:
     Raises:
         ValueError: a mesh that does not cover the devices, a tokenizer that is not there.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
     return Setup(config, mesh, tokenizer, build.model_config(config, tokenizer))
 

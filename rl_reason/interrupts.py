@@ -2,13 +2,13 @@
 
 import signal
 import threading
-import typing
+from collections.abc import Callable
 
 
 class Interrupts:
     """Install after ``jax.distributed.initialize``, which sets a handler of its own. A second SIGINT stops at once."""
 
-    def __init__(self, announce: typing.Callable[[str], None]):
+    def __init__(self, announce: Callable[[str], None]):
         self._announce, self._name = announce, ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._heard)

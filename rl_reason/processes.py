@@ -1,5 +1,6 @@
 """What differs when a run has several processes: who writes, whose rows are whose, and agreeing."""
 
+import itertools
 import os
 
 import jax
@@ -48,7 +49,7 @@ def local_rows(sharding: NamedSharding, num_rows: int, axis: int = 0) -> range:
     shape = [1] * axis + [num_rows]
     pieces = [index[axis] for index in sharding.addressable_devices_indices_map(tuple(shape)).values() if index]
     bounds = sorted({piece.indices(num_rows)[:2] for piece in pieces})
-    if any(a[1] != b[0] for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(a[1] != b[0] for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"This process holds the rows {bounds}; order the mesh's devices by process.")
     return range(bounds[0][0], bounds[-1][1])
 

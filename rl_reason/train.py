@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -29,6 +30,10 @@ from rl_reason.verifier_pool import VerifierPool
 
 class StoppedError(Exception):
     """The run stopped early with its state saved; the message says why and how to go on."""
+
+    def __init__(self, message: str, *, failed: bool = False):
+        super().__init__(message)
+        self.failed = failed  # by itself, not because it was asked to
 
 
 @dataclasses.dataclass
@@ -258,7 +263,8 @@ class Reinforcement:
         if broken:
             raise StoppedError(
                 f"{skipped} updates in a row had a non-finite loss or gradient; stopped at step {step} with the last "
-                f"good weights saved. Lower config.optimizer.learning_rate, then {again}."
+                f"good weights saved. Lower config.optimizer.learning_rate, then {again}.",
+                failed=True,
             )
         if stop and step < config.num_steps:
             raise StoppedError(f"stopped at step {step} of {config.num_steps}, saved; {again}.")
@@ -289,7 +295,7 @@ def make_engine(experiment: build.Experiment, host_verifier: rewards.HostVerifie
     return Split(parts, host_verifier, experiment.mesh, overlap=mode == "overlapped")
 
 
-def rollout_records(experiment: build.Experiment, sampled: Sampled) -> typing.Iterator[dict[str, typing.Any]]:
+def rollout_records(experiment: build.Experiment, sampled: Sampled) -> Iterator[dict[str, typing.Any]]:
     """verl's rollout fields, from a step's samples."""
     group_size = experiment.parts.plan.group_size
     for row in range(len(sampled.uid)):
@@ -348,4 +354,3 @@ def _transcripts(before: list[evaluate.Answered], after: list[evaluate.Answered]
         )
         for n in numbers
     ]
-

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import time
 import typing
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -50,7 +51,7 @@ def fingerprint(experiment: build.Experiment) -> str:
     return digest.hexdigest()[:20]
 
 
-def warm_up(experiment: build.Experiment, on_step: typing.Callable[[int, dict[str, float]], None]) -> WarmedUp:
+def warm_up(experiment: build.Experiment, on_step: Callable[[int, dict[str, float]], None]) -> WarmedUp:
     """Weights to start RL from; ``on_step(step, metrics)`` hears of every chunk."""
     began = time.perf_counter()
     params = build.init_params(experiment)
@@ -82,9 +83,9 @@ def _keep(place: pathlib.Path, params: PyTree) -> None:
 def train(
     experiment: build.Experiment,
     params: PyTree,
-    on_step: typing.Callable[[int, dict[str, float]], None],
+    on_step: Callable[[int, dict[str, float]], None],
     num_steps: int | None = None,
-    keep_going: typing.Callable[[], bool] = lambda: True,
+    keep_going: Callable[[], bool] = lambda: True,
 ) -> PyTree:
     """Maximum likelihood on worked solutions for ``num_steps`` (the config's), or until ``keep_going`` says no."""
     config, parts = experiment.config, experiment.supervised
@@ -96,6 +97,7 @@ def train(
         batch_size=w.batch_size,
         prompt_len=config.data.max_prompt_len_tokens,
         demonstration_len=config.data.max_demonstration_len_tokens,
+        direct_share=w.direct_share,
         rows=processes.local_rows(build.rows_sharding(experiment.mesh), w.batch_size),
     )
     chunk = jax.jit(supervised.make_chunk(parts), donate_argnums=0)

@@ -15,6 +15,7 @@ from rl_reason.loop.parts import Parts
 from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
+from rl_reason.sharding import path_name
 from rl_reason.types import Prompts, Rollout, Verdicts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -65,13 +66,19 @@ MOE: dict[str, typing.Any] = dict(num_experts=4, experts_per_token=2)
 FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 
 
-_init = jax.jit(transformer.init, static_argnums=1)
-
-
 def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 2.0):
-    """Random parameters; embeddings are ``scale`` times their usual size, so that tokens differ in probability."""
-    params = _init(jax.random.key(seed), model)
-    return params | {"embed": params["embed"] * scale}
+    """Random parameters by numpy, the same on every jax; a larger ``scale`` of embeddings makes tokens differ more."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+
+    def fill(path, leaf):
+        name = path_name(path)
+        x = 1 + 0.1 * rng.normal(size=leaf.shape) if "norm" in name else rng.normal(size=leaf.shape)
+        fan_in = {"norm": 1, "down": model.mlp_size, "out": model.num_heads * model.head_dim}
+        width = next((n for word, n in fan_in.items() if word in name), model.hidden_size)
+        return jnp.asarray(x * width**-0.5 * (scale if "embed" in name else 1.0), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def tiny_prompts(batch: int = 4, seed: int = 0, width: int = PROMPT_WIDTH, vocab: int = VOCAB) -> Prompts:

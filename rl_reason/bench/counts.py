@@ -102,7 +102,7 @@ def experts_read(config: ModelConfig, rows: int) -> float:
 def decode_weight_bytes(config: ModelConfig, rows: int) -> float:
     """Bytes of weights that a decode step of ``rows`` rows reads, head included, in the activation dtype."""
     weights = matmul_params(config)
-    layer: float = weights.layer
+    layer = float(weights.layer)
     if config.num_experts:
         expert = 3 * config.hidden_size * config.mlp_size
         layer += expert * (experts_read(config, rows) - config.num_experts)
@@ -132,7 +132,7 @@ def rollout_work(
     weights = decode_weight_bytes(config, rows_per_step) * decode_steps
     weights += config.num_layers * matmul_params(config).layer * jnp.dtype(config.dtype).itemsize
     traffic = kv_bytes(config) * (context + tokens + int(prompts.sum()))
-    return Work(prefill + decode, weights + traffic, tokens)
+    return Work(prefill + decode, float(weights + traffic), tokens)
 
 
 def update_work(

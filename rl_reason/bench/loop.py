@@ -12,7 +12,7 @@ from rl_reason import build, processes
 from rl_reason.bench import counts
 from rl_reason.bench.host_loop import HostLoop
 from rl_reason.bench.setting import Bench, Record, lengths_of, same_tokens, shares
-from rl_reason.bench.timing import Program, Runs, compiled, interleaved, median
+from rl_reason.bench.timing import Program, compiled, interleaved, median
 from rl_reason.loop import step as step_lib
 from rl_reason.rollout import RolloutConfig
 from rl_reason.types import Prompts, Rollout, Verdicts
@@ -64,25 +64,32 @@ def time_parts(bench: Bench, p: Programs, host: HostLoop) -> dict[str, list[floa
     """Seconds of rollout, update, step, and the host loop's rollout and step, taken in turn."""
     sampling = bench.experiment.sampling
     placed = jax.tree.map(lambda x: x.sharding, p.rollout)
+    state = bench.new_state()  # every update consumes it and leaves another
 
-    def draw_by_host(params):
-        return host(params, bench.prompts, bench.rollout_key, sampling)
+    def draw_by_host():
+        return host(bench.params, bench.prompts, bench.rollout_key, sampling)
 
-    def step_by_host(state):
-        drawn, count = draw_by_host(state.params)
+    def learn(rollout, verdicts, decode_steps):
+        nonlocal state
+        state, *out = p.learn.call(state, p.prompts, rollout, verdicts, decode_steps, sampling)
+        return state, out
+
+    def step_by_host():
+        drawn, count = draw_by_host()
         drawn = jax.device_put(drawn, placed)
-        verdicts = p.judge.call(drawn, p.prompts)
-        return processes.to_host(p.learn.call(state, p.prompts, drawn, verdicts, jnp.int32(count), sampling)[1:])
+        return processes.to_host(learn(drawn, p.judge.call(drawn, p.prompts), jnp.int32(count))[1])
 
-    def update(state):
-        return p.learn.call(state, p.prompts, p.rollout, p.verdicts, p.decode_steps, sampling)
+    def fused():
+        nonlocal state
+        state, out = p.fused.call(state, p.stacked, sampling)
+        return processes.to_host(out)
 
     things = {
-        "rollout": Runs(lambda state: p.draw.call(state, p.prompts, sampling), bench.new_state),
-        "update": Runs(update, bench.new_state),
-        "step": Runs(lambda state: processes.to_host(p.fused.call(state, p.stacked, sampling)[1]), bench.new_state),
-        "host_rollout": Runs(draw_by_host, lambda: bench.params),
-        "host_step": Runs(step_by_host, bench.new_state),
+        "rollout": lambda: p.draw.call(state, p.prompts, sampling),
+        "update": lambda: learn(p.rollout, p.verdicts, p.decode_steps),
+        "step": fused,
+        "host_rollout": draw_by_host,
+        "host_step": step_by_host,
     }
     seconds = interleaved(things, bench.repeats, bench.at_least_s)
     return seconds | {"step": [s / p.steps for s in seconds["step"]]}

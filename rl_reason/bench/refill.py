@@ -13,7 +13,7 @@ from rl_reason import build, processes
 from rl_reason.bench import counts
 from rl_reason.bench.host_loop import HostLoop
 from rl_reason.bench.setting import Bench, Record, draw_prompts, lengths_of, same_tokens, shares
-from rl_reason.bench.timing import Program, Runs, compiled, interleaved, median
+from rl_reason.bench.timing import Program, compiled, interleaved, median
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig, generate
 from rl_reason.sampling import Sampling
@@ -100,8 +100,7 @@ def measure_refill(bench: Bench, rates: Record) -> Record:
         "host": lambda: host(bench.params, s.on_host, bench.rollout_key, bench.experiment.sampling, s.limit),
     }
     bench.say("timing them, and the host loop, on lognormal lengths")
-    things = {name: Runs(lambda _, run=run: run()) for name, run in runs.items()}
-    seconds = interleaved(things, bench.repeats, bench.at_least_s)
+    seconds = interleaved(runs, bench.repeats, bench.at_least_s)
     outs = {name: run() for name, run in runs.items()}
     record: Record = {
         name: schedule_record(bench, rates, s, out, int(steps), seconds[name])

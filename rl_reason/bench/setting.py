@@ -1,4 +1,4 @@
-"""What the measurements share: an experiment that learns nothing, its prompts and weights, and how a result is told."""
+"""What the measurements share: an experiment, its weights and prompts, and how a result is told."""
 
 import dataclasses
 import typing

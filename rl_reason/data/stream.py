@@ -3,6 +3,7 @@
 An iterator's state is the number of the next step, which no process count, thread or prefetched batch enters.
 """
 
+import dataclasses
 import typing
 from collections.abc import Callable
 
@@ -10,10 +11,12 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rl_reason.data.example import Example, Source
+from rl_reason.data.example import Example, Source, mix
+from rl_reason.tasks.base import ANSWER_MARK
 from rl_reason.types import Prompts
 
 MAX_UID = 2**31 - 1  # Prompts.uid is int32
+DIRECT = 0xD1  # keeps this choice apart from the source's own
 
 
 class ExampleError(ValueError):
@@ -82,12 +85,14 @@ def supervised_stream(
     batch_size: int,
     prompt_len: int,
     demonstration_len: int,
+    direct_share: float = 0.0,
     rows: range | None = None,
     num_threads: int = 1,
     prefetch: int = 2,
 ) -> grain.DatasetIterator[tuple[np.ndarray, np.ndarray]]:
     """Endless (tokens Int[B T], loss_mask Bool[B T]) of worked solutions, T = prompt_len + demonstration_len tokens.
 
+    A share ``direct_share`` of the rows, chosen by draw number, shows the bare answer without its steps.
     A row is BOS, prompt, demonstration, EOS, padding. The mask is on a position whose token is to be predicted: the
     demonstration's and EOS. Rows, order, state and errors are ``prompt_stream``'s.
     """
@@ -96,6 +101,7 @@ def supervised_stream(
     def batch(uids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         examples = [source.example(uid) for uid in uids]
         prompts = [prompt_tokens(tokenizer, example, prompt_len) for example in examples]
+        examples = [directly(x) if is_direct(uid, direct_share) else x for uid, x in zip(uids, examples, strict=True)]
         worked = [demonstration_tokens(tokenizer, example, demonstration_len) for example in examples]
         whole = [prompt + rest for prompt, rest in zip(prompts, worked, strict=True)]
         return pad(whole, width, tokenizer.pad_id), span_mask(prompts, whole, width)
@@ -135,6 +141,18 @@ def demonstration_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> 
         )
     tokens = [*tokenizer.encode(example.demonstration), tokenizer.eos_id]
     return _within(tokens, limit, example, "demonstration", "EOS included")
+
+
+def is_direct(uid: int, share: float) -> bool:
+    """Whether draw ``uid`` is one of the ``share`` that answer without steps: the same in every process."""
+    return mix(DIRECT, uid) < share * 2**64
+
+
+def directly(example: Example) -> Example:
+    """The same example with a demonstration that is its answer alone."""
+    if example.reference is None:
+        raise ValueError(f"{_name(example)} has no reference answer to show directly; set warmup.direct_share=0.")
+    return dataclasses.replace(example, demonstration=f"{ANSWER_MARK}{example.reference}")
 
 
 def _within(tokens: list[int], limit: int, example: Example, what: str, framing: str) -> list[int]:

@@ -48,8 +48,8 @@ class Fused:
 class Split:
     """Rollout, host verifiers and update as programs of their own.
 
-    ``overlap`` draws batch k + 1 while k is being scored, so every update is one step off-policy; the rollout in flight
-    is ``pending``, part of what a checkpoint holds.
+    ``overlap`` draws batch k + 1 while k is being scored, so every update is one step off-policy; the rollout in
+    flight is ``pending``, part of what a checkpoint holds.
     """
 
     def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
@@ -69,7 +69,7 @@ class Split:
         self.pending = (prompts, *self._draw(state, prompts, sampling))
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
-        """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the batches of the next steps."""
+        """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the next steps' batches."""
         outputs, timing = [], dict.fromkeys(("gen", "reward", "update_actor", "step"), 0.0)
         steps = prompts.prompt_len.shape[0]
         for k in range(steps):
@@ -86,7 +86,8 @@ class Split:
             state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
             outputs.append(processes.to_host((metrics, sampled)))
             ended = time.perf_counter()
-            for name, seconds in zip(timing, (generated - began, scored - generated, ended - scored, ended - began)):
+            spans = (generated - began, scored - generated, ended - scored, ended - began)
+            for name, seconds in zip(timing, spans, strict=True):
                 timing[name] += seconds / steps
         metrics, sampled = jax.tree.map(lambda *x: np.stack(x), *outputs)
         return Advanced(state, metrics, sampled, timing)

@@ -184,3 +184,7 @@ def test_too_many_gradients_that_are_not_finite_stop_the_run(tmp_path, data):
     saved = harness.checkpoint(run, step)
     assert all(map(lambda x: abs(x).max() < 1e6, (x for x in saved.values() if x.dtype.kind == "f")))
     assert sum(row["actor/skipped_updates"] for row in harness.metrics(run)) == 8
+    assert "Lower config.optimizer.learning_rate" in done.output
+    rate = "--config.optimizer.learning_rate=1e-5"  # which that advice may change
+    done = harness.run(harness.FILES, data, f"--run={run}", *limits, rate, "--resume")
+    assert done.code == 1 and "stopped at step 6" in done.output, done.output

@@ -33,7 +33,9 @@ def params(model):
 def draw(model=None, prompts=None, sampling=None, max_new_tokens=None, **changes):
     """Rollout of numpy arrays from a program of its own."""
     model = support.tiny_model(**support.FLOAT64 | (model or {}))
-    rollout = support.tiny_rollout(**dict(group_size=GROUP, completion_len=LENGTH, num_slots=ROWS, check_every=1) | changes)
+    rollout = support.tiny_rollout(
+        **dict(group_size=GROUP, completion_len=LENGTH, num_slots=ROWS, check_every=1) | changes
+    )
     prompts = support.tiny_prompts(NUM_PROMPTS) if prompts is None else prompts
     sampling = make_sampling(1.0) if sampling is None else sampling
     run = jax.jit(lambda *args: generate(*args, model, rollout, max_new_tokens))
@@ -143,7 +145,9 @@ def test_stop_sequences_end_a_completion_as_eos_does():
     out, _ = draw(stop_sequences=((single,), pair), num_slots=4)
     stopped = 0
     for row, (cut, before) in enumerate(zip(completions(out), whole, strict=True)):
-        ends = [i + 1 for i, token in enumerate(before) if token == single or tuple(before[max(i - 1, 0) : i + 1]) == pair]
+        ends = [
+            i + 1 for i, token in enumerate(before) if token == single or tuple(before[max(i - 1, 0) : i + 1]) == pair
+        ]
         expected = before[: ends[0]] if ends else before
         assert cut == expected
         assert out.truncated[row] == (not ends and before[-1] != support.EOS)

@@ -66,7 +66,7 @@ def test_describes_itself():
 SIZES = st.integers(1, 4)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(pieces=SIZES, block=SIZES, blocks=SIZES)
 def test_split_is_strided_and_merge_undoes_it(pieces, block, blocks):
     rows = np.arange(pieces * block * blocks)

@@ -92,9 +92,7 @@ def test_score_is_the_log_softmax_of_the_forward(kind):
     tokens, mask = tokens_for(4, 11), np.zeros((4, 11), bool)
     for row, (start, length) in enumerate(zip(np.asarray(prompts.prompt_len), (6, 1, 0, 3), strict=True)):
         mask[row, start : start + length] = True
-    scores = score(
-        params, tokens, prompts.prompt_len, jnp.asarray(mask), jnp.float32(0.5), model, COMPLETION_LEN
-    )
+    scores = score(params, tokens, prompts.prompt_len, jnp.asarray(mask), jnp.float32(0.5), model, COMPLETION_LEN)
     logprobs = np.asarray(jax.nn.log_softmax(logits_of(model)(params, tokens) / 0.5))[:, :-1]
     picked = np.take_along_axis(logprobs, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(scores.logprobs[:, 1:], np.where(mask[:, 1:], picked, 0), atol=1e-5)

@@ -1,0 +1,112 @@
+"""Two processes joined over the loopback interface are one run: same tokens, same weights, written once."""
+
+import contextlib
+import functools
+import signal
+
+import numpy as np
+import pytest
+
+from tests.e2e import harness
+
+STEPS = 24
+SIZES = [f"--config.num_steps={STEPS}", "--config.checkpoint.every=0"]
+DOUBLE = ["--config.model.dtype=float64", "--config.model.param_dtype=float64"]
+
+
+def flags_of(mode: str, data: str) -> list[str]:
+    mine = [harness.TINY] if mode == "graph" else [harness.FILES, data, f"--config.verify={mode}"]
+    return [*mine, *SIZES, *DOUBLE]
+
+
+@contextlib.contextmanager
+def two_processes(*flags: str):
+    """Both processes of one run."""
+    address = f"127.0.0.1:{harness.free_port()}"
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                harness.running(
+                    *flags,
+                    "--distributed",
+                    env=harness.environment(
+                        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process_id)
+                    ),
+                )
+            )
+            for process_id in range(2)
+        ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    """One process's run, by mode."""
+
+    @functools.cache
+    def make(mode: str):
+        run = tmp_path_factory.mktemp("alone") / mode
+        harness.succeed(*flags_of(mode, data), f"--run={run}")
+        return run
+
+    return make
+
+
+def assert_same_run(run, alone) -> None:
+    """Identical tokens and verdicts, parameters and moments to rounding, each row written once."""
+    tokens = lambda path: {
+        step: [(row["group_id"], row["sample_id"], row["token_ids"], row["score"]) for row in rows]
+        for step, rows in harness.rollouts(path).items()
+    }
+    assert tokens(run) == tokens(alone)
+    assert [row["step"] for row in harness.metrics(run)] == list(range(1, STEPS + 1))
+    assert all(row["actor/grad_norm"] > 0 for row in harness.metrics(alone))
+    ours, expected = harness.checkpoint(run, STEPS), harness.checkpoint(alone, STEPS)
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        if ".params" in name or ".opt_state" in name:
+            assert expected[name].dtype in (np.float64, np.int32), name
+            np.testing.assert_allclose(ours[name], expected[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["callback", pytest.param("graph", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(tmp_path, alone, data, mode):
+    run = tmp_path / "run"
+    with two_processes(*flags_of(mode, data), f"--run={run}") as both:
+        first, second = (harness.finish(process) for process in both)
+    assert first.code == 0 and second.code == 0, first.output + second.output
+    assert f"[rl] done {STEPS}/{STEPS}" in first.output
+    assert "[rl]" not in second.output  # one speaks
+    assert_same_run(run, alone(mode))
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, alone, data):
+    """The second process alone hears SIGTERM; resumed, the run ends as if nothing had been."""
+    run = tmp_path / "run"
+    flags = [*flags_of("split", data), f"--run={run}"]
+    with two_processes(*flags) as both:
+        assert harness.wait_for(lambda: harness.num_lines(run / "metrics.jsonl"), both[0])
+        both[1].send_signal(signal.SIGTERM)
+        first, second = (harness.finish(process) for process in both)
+    assert first.code == 0 and second.code == 0, first.output + second.output
+    (step,) = harness.checkpoint_steps(run)
+    assert 0 < step < STEPS
+    assert f"stopped at step {step} of {STEPS}, saved" in first.output
+    with two_processes(*flags, "--resume") as both:
+        first, second = (harness.finish(process) for process in both)
+    assert first.code == 0 and second.code == 0, first.output + second.output
+    assert_same_run(run, alone("split"))
+
+
+def test_distributed_without_a_cluster_says_what_to_set(tmp_path):
+    for given in (
+        {},
+        {"JAX_PROCESS_ID": "1"},
+        dict.fromkeys(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), "x"),
+    ):
+        done = harness.run(
+            harness.TINY, f"--run={tmp_path / 'run'}", "--distributed", env=harness.environment(**given)
+        )
+        last = done.output.strip().splitlines()[-1]
+        assert done.code == 1 and last.startswith("error: --distributed"), done.output
+        assert "JAX_COORDINATOR_ADDRESS=HOST:PORT" in last and "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,38 @@
+"""Every config that there is runs from end to end and leaves what the documentation promises."""
+
+import json
+import math
+
+import pytest
+
+from tests import support
+from tests.e2e import harness
+
+
+@pytest.mark.parametrize("name", support.config_names())
+def test_smoke(name, tmp_path):
+    run = tmp_path / "run"
+    output = harness.succeed(f"--config={name}.py:smoke", f"--run={run}")
+    assert "Traceback" not in output and "compiled again" not in output
+    assert str(run / "report.html") in output
+
+    summary = json.loads((run / "summary.json").read_text())
+    for when in ("heldout_before", "heldout_after"):
+        assert 0 <= summary[when] <= 1
+    assert 0 < summary["warmup_seconds"] < summary["wall_seconds"]
+
+    config = json.loads((run / "config.json").read_text())
+    rows = harness.metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, config["num_steps"] + 1))
+    for name in ("critic/score/mean", "actor/entropy", "actor/grad_norm", "response_length/mean", "actor/pg_loss"):
+        assert all(row[name] is not None and math.isfinite(row[name]) for row in rows), name
+    assert harness.tensorboard_steps(run, "actor/entropy") == [row["step"] for row in rows]
+    assert harness.checkpoint_steps(run)[-1] == config["num_steps"]
+    records = harness.rollouts(run)
+    assert sorted(records) == [row["step"] for row in rows]
+    wanted = {"input", "output", "gts", "score", "step", "group_id", "sample_id", "finish_reason"}
+    for step, drawn in records.items():
+        assert len(drawn) == config["log"]["rollout_groups"] * config["batch"]["group_size"]
+        assert all(wanted <= record.keys() and record["step"] == step for record in drawn)
+    assert (run / "report.html").stat().st_size > 1000
+    assert list((run / "plots").glob("*.png"))
