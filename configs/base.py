@@ -102,6 +102,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.selection = config_dict.placeholder(ml_collections.ConfigDict)
     config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's
     config.correction = config_dict.placeholder(ml_collections.ConfigDict)
+    config.overlap_correction = call("importance.truncate", max_weight=2.0)  # when verify is "overlapped"; guess
     config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.2, dual_clip_ratio=3.0)  # verl's
     config.aggregation = dict(policy=term("token_mean"))
     config.objective_scope = "minibatch"  # "microbatch" is for parity with the authors' forks

@@ -73,6 +73,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, config.batch.group_size, config.rollout.num_slots)
     rollout_lib.check(rollout, plan.generated_prompts)
+    if config.verify == "overlapped" and plan.max_rounds > 1:
+        raise ValueError("config.verify='overlapped' draws one round ahead; set config.batch.max_rounds=1, or 'split'.")
     if config.rollout.temperature <= 0:
         raise ValueError("config.rollout.temperature must be above 0 for training: a greedy policy has no gradient.")
     make_sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
@@ -123,6 +125,16 @@ def _check_run(config: Config) -> None:
             f"config.warmup.num_steps={config.warmup.num_steps} is no multiple of "
             f"warmup.steps_per_call={config.warmup.steps_per_call}."
         )
+
+
+def _slots(config: Config) -> dict[str, slots.Slot | None]:
+    """The slots; overlapped rollouts are one step off-policy and always corrected."""
+    found = slots.resolve_all(config)
+    if config.verify == "overlapped" and found["correction"] is None:
+        if config.overlap_correction is None:
+            raise ValueError("config.verify='overlapped' is off-policy: set config.correction or overlap_correction.")
+        found["correction"] = slots.resolve("correction", config.overlap_correction)
+    return found
 
 
 def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:

@@ -4,12 +4,13 @@ import dataclasses
 import importlib
 import pathlib
 import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_reason import build
+from rl_reason import build, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.parts import Parts
 from rl_reason.models import transformer
@@ -26,6 +27,12 @@ PROMPT_WIDTH, COMPLETION_LEN = 5, 6
 def config_names() -> list[str]:
     """Every experiment in configs/, found rather than listed."""
     return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+def configs_whose_objective(*, asks: Sequence[str] = (), does_not_ask: Sequence[str] = ()) -> list[str]:
+    """Those whose objective slot asks for all of ``asks`` and none of ``does_not_ask``."""
+    wants = {name: slots.resolve("objective", load_config(name).objective.to_dict()).wants for name in config_names()}
+    return [name for name, names in wants.items() if names.issuperset(asks) and names.isdisjoint(does_not_ask)]
 
 
 def load_config(name: str, arg: str = "smoke"):

@@ -13,6 +13,7 @@ from rl_reason.bench import counts
 from rl_reason.bench.host_loop import HostLoop
 from rl_reason.bench.setting import Bench, Record, lengths_of, same_tokens, shares
 from rl_reason.bench.timing import Program, compiled, interleaved, median
+from rl_reason.loop import chunk as chunk_lib
 from rl_reason.loop import step as step_lib
 from rl_reason.rollout import RolloutConfig
 from rl_reason.types import Prompts, Rollout, Verdicts
@@ -52,7 +53,7 @@ def compile_parts(bench: Bench) -> Programs:
     )
     learn = compiled(update, state, prompts, rollout, verdicts, decode_steps, sampling)
     chunk = jax.jit(
-        step_lib.make_chunk(parts, bench.verify),
+        chunk_lib.make_chunk(parts, bench.verify),
         donate_argnums=0,
         out_shardings=None if placed is None else (placed, None),
     )

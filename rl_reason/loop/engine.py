@@ -1,17 +1,21 @@
 """Driving the loop from the host: fused chunks, or rollout | verifiers | update in turn or overlapped."""
 
+import dataclasses
 import time
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from rl_reason import processes
+from rl_reason.batch import split_strided
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.step import Sampled, learn_phase, make_chunk, sample_phase
+from rl_reason.loop.chunk import Round, judge, kept_groups, make_chunk, merge, nothing_yet
+from rl_reason.loop.step import Sampled, learn_phase, sample_phase, train_phase
 from rl_reason.rewards import ScoreRows
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import ROWS
@@ -53,7 +57,8 @@ class Split:
     """
 
     def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
-        self._verifier, self._mesh, self.draws_ahead = verifier, mesh, overlap
+        self._parts, self._verifier, self._mesh, self.draws_ahead = parts, verifier, mesh, overlap
+        self._group_size = parts.plan.group_size
         self._draw = jax.jit(lambda state, prompts, sampling: sample_phase(parts, state, prompts, sampling))
         self._learn = jax.jit(
             lambda state, prompts, rollout, verdicts, decode_steps, sampling: learn_phase(
@@ -61,7 +66,13 @@ class Split:
             ),
             donate_argnums=0,
         )
-        self._group_size = parts.plan.group_size
+        # For filters that sample in several rounds.
+        self._judge = jax.jit(lambda state, *drawn: judge(parts, state, *drawn))
+        self._merge = jax.jit(lambda so_far, new: merge(parts, so_far, new))
+        self._count = jax.jit(lambda gathered: kept_groups(parts, gathered.selected))
+        self._train = jax.jit(
+            lambda state, selected, sampling: train_phase(parts, state, selected, sampling), donate_argnums=0
+        )
         self.pending: PyTree = None
 
     def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:
@@ -70,27 +81,58 @@ class Split:
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the next steps' batches."""
-        outputs, timing = [], dict.fromkeys(("gen", "reward", "update_actor", "step"), 0.0)
+        outputs, clocks = [], []
         steps = prompts.prompt_len.shape[0]
         for k in range(steps):
-            began = time.perf_counter()
+            clock = _Clock()
             batch = jax.tree.map(lambda x, k=k: x[k], prompts)
-            drawn = (batch, *self._draw(state, batch, sampling))
-            if self.draws_ahead:
-                drawn, self.pending = self.pending, drawn
-            batch, rollout, decode_steps = drawn
-            jax.block_until_ready(rollout.tokens)
-            generated = time.perf_counter()
-            verdicts = self._score(batch, rollout)
-            scored = time.perf_counter()
-            state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
-            outputs.append(processes.to_host((metrics, sampled)))
-            ended = time.perf_counter()
-            spans = (generated - began, scored - generated, ended - scored, ended - began)
-            for name, seconds in zip(timing, spans, strict=True):
-                timing[name] += seconds / steps
+            if self._parts.plan.max_rounds > 1:
+                state, out = self._step_in_rounds(state, batch, sampling, clock)
+            else:
+                state, out = self._step(state, batch, sampling, clock)
+            outputs.append(processes.to_host(out))
+            clock.mark("update_actor")
+            clocks.append(clock.seconds | {"step": sum(clock.seconds.values())})
         metrics, sampled = jax.tree.map(lambda *x: np.stack(x), *outputs)
-        return Advanced(state, metrics, sampled, timing)
+        return Advanced(state, metrics, sampled, {name: sum(c[name] for c in clocks) / steps for name in clocks[0]})
+
+    def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+        drawn = (batch, *self._draw(state, batch, sampling))
+        if self.draws_ahead:
+            drawn, self.pending = self.pending, drawn
+        batch, rollout, decode_steps = drawn
+        jax.block_until_ready(rollout.tokens)
+        clock.mark("gen")
+        verdicts = self._score(batch, rollout)
+        clock.mark("reward")
+        state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
+        return state, (metrics, sampled)
+
+    def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+        """Rounds of sampling until enough groups are kept, or max_rounds; as ``chunk`` does inside the program."""
+        plan = self._parts.plan
+        gathered: Round | None = None
+        stats = state.stats
+        for drawn in _rounds(batch, plan.max_rounds):
+            current = dataclasses.replace(state, stats=stats)
+            rollout, decode_steps = self._draw(current, drawn, sampling)
+            jax.block_until_ready(rollout.tokens)
+            clock.mark("gen")
+            verdicts = self._score(drawn, rollout)
+            clock.mark("reward")
+            new = self._judge(current, drawn, rollout, verdicts, decode_steps)
+            if gathered is None:
+                empty = nothing_yet(self._parts, jax.eval_shape(lambda: new))
+                gathered = empty._replace(selected=empty.selected._replace(stats=stats))
+            gathered = self._merge(gathered, new)
+            stats = gathered.selected.stats
+            if int(self._count(gathered)) >= plan.prompts_per_step:
+                break
+        assert gathered is not None
+        # The state is donated: statistics that it shares with what was gathered must be arrays of their own.
+        selected = gathered.selected._replace(stats=jax.tree.map(jnp.copy, stats))
+        state, metrics = self._train(state, selected, sampling)
+        return state, (gathered.metrics | metrics, gathered.sampled)
 
     def _score(self, batch: Prompts, rollout) -> Verdicts:
         """Each row is scored by the one process that owns it; then all processes are told."""
@@ -104,6 +146,26 @@ class Split:
         sharding = NamedSharding(self._mesh, P(ROWS))
         put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
         return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0))
+
+
+class _Clock:
+    """Seconds of a step's parts; what is marked again adds up."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("gen", "reward", "update_actor"), 0.0)
+        self._last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        """What passed since the last mark was ``name``."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+
+def _rounds(batch: Prompts, rounds: int) -> list[Prompts]:
+    """The prompts of each round; the same cut as the fused loop's."""
+    cut = jax.jit(lambda batch: split_strided(batch, rounds))(batch)
+    return [jax.tree.map(lambda x, r=r: x[r], cut) for r in range(rounds)]
 
 
 Engine = Fused | Split

@@ -80,7 +80,7 @@ def _step_key(state: TrainState, purpose: int) -> Key[Array, ""]:
 
 
 class Selected(typing.NamedTuple):
-    """The rows to train on, a static number of them, and which of those count."""
+    """Rows that may be trained on, whole groups of train_group_size, and which of them count."""
 
     rollout: Rollout
     rewards: Rewards
@@ -88,17 +88,13 @@ class Selected(typing.NamedTuple):
     stats: dict
 
 
-def select_phase(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
-    """The selection slot, then stable compaction to prompts_per_step groups of train_group_size rows.
-
-    What is kept moves to the front in its old order; what does not fit is dropped and costs nothing from here on.
-    """
+def choose_rows(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
+    """The selection slot, then stable compaction of each group to train_group_size rows."""
     plan, selection = parts.plan, parts.slots["selection"]
     groups = lambda x: x.reshape(-1, plan.group_size)  # noqa: E731
     valid = groups(rewards.valid)
-    if selection is None:
-        keep, stats = valid, {}
-    else:
+    keep, stats = valid, state.stats
+    if selection is not None:
         offered = dict(
             rewards=groups(rewards.total),
             correct=groups(rewards.correct),
@@ -107,20 +103,29 @@ def select_phase(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rew
             step=state.step,
             key=_step_key(state, SELECTION),
         )
-        keep, stats = selection(offered)
-        keep = keep & valid
-    groups_in, rows_out = keep.shape[0], plan.prompts_per_step
+        keep, changed = selection(offered)
+        keep, stats = keep & valid, state.stats | changed
     tree = (rollout, rewards, keep.reshape(-1))
     if plan.train_group_size < plan.group_size:
         order = jnp.argsort(~keep, axis=1, stable=True)[:, : plan.train_group_size]
-        index = (jnp.arange(groups_in)[:, None] * plan.group_size + order).reshape(-1)
-        tree = _take_rows(tree, index)
-    if rows_out < groups_in:
-        order = jnp.argsort(~keep.any(1), stable=True)[:rows_out]
-        index = (order[:, None] * plan.train_group_size + jnp.arange(plan.train_group_size)).reshape(-1)
-        tree = _take_rows(tree, index)
-    rollout, rewards, kept = tree
-    return Selected(rollout, rewards, kept, stats)
+        tree = _take_rows(tree, (jnp.arange(keep.shape[0])[:, None] * plan.group_size + order).reshape(-1))
+    return Selected(*tree, stats)
+
+
+def compact_groups(parts: Parts, selected: Selected) -> Selected:
+    """prompts_per_step groups: those with a kept row first, in their old order; the rest is dropped and costs nothing."""
+    size, wanted = parts.plan.train_group_size, parts.plan.prompts_per_step
+    kept = selected.keep.reshape(-1, size)
+    if kept.shape[0] == wanted:
+        return selected
+    order = jnp.argsort(~kept.any(1), stable=True)[:wanted]
+    tree = _take_rows(selected[:3], (order[:, None] * size + jnp.arange(size)).reshape(-1))
+    return Selected(*tree, selected.stats)
+
+
+def select_phase(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
+    """What one round of sampling leaves to train on."""
+    return compact_groups(parts, choose_rows(parts, state, rollout, rewards))
 
 
 def _take_rows(tree, index: Int[Array, " n"]):
@@ -132,8 +137,16 @@ def update_phase(
 ) -> tuple[TrainState, Metrics, Bool[Array, " N"]]:
     """Selection, advantages and all optimizer updates of a step. Returns the kept rows' mask last."""
     selected = select_phase(parts, state, rollout, rewards)
-    rollout, rewards, keep = selected.rollout, selected.rewards, selected.keep
-    state = dataclasses.replace(state, stats=state.stats | selected.stats)
+    state, metrics = train_phase(parts, state, selected, sampling)
+    return state, metrics, selected.keep
+
+
+def train_phase(
+    parts: Parts, state: TrainState, selected: Selected, sampling: Sampling
+) -> tuple[TrainState, Metrics]:
+    """Advantages and all optimizer updates of a step, on selected rows."""
+    rollout, rewards, keep, stats = selected
+    state = dataclasses.replace(state, stats=stats)
     batch, metrics = _training_rows(parts, state, rollout, rewards, keep, sampling)
     minibatches = split_strided(batch, parts.plan.minibatches, block=parts.plan.train_group_size)
     key = _step_key(state, OBJECTIVE)
@@ -150,7 +163,9 @@ def update_phase(
     metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in per_update.items()}
     metrics["actor/skipped_updates"] = per_update["actor/skipped_updates"].sum()
     state = dataclasses.replace(state, step=state.step + 1)
-    return state, metrics, keep
+    metrics["training/trained_fraction"] = keep.astype(jnp.float32).mean()
+    metrics["training/global_step"] = state.step.astype(jnp.float32)
+    return state, metrics
 
 
 def _training_rows(
@@ -251,7 +266,8 @@ def rollout_metrics(
     } | {f"reward/{name}": masked_mean(part, valid) for name, part in rewards.parts.items()}
 
 
-def _sampled(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewards) -> Sampled:
+def sampled_rows(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewards) -> Sampled:
+    """The first groups, for the logs."""
     rows = rollout.tokens.shape[0] if parts.log_groups < 0 else parts.log_groups * parts.plan.group_size
     whole = Sampled(
         tokens=rollout.tokens,
@@ -279,30 +295,5 @@ def learn_phase(
     """Everything after the verdicts: rewards, selection, advantages, updates, metrics."""
     rewards, rollout = reward_phase(parts, state, prompts, rollout, verdicts)
     metrics = rollout_metrics(parts, rollout, rewards, decode_steps)
-    state, measured, keep = update_phase(parts, state, rollout, rewards, sampling)
-    metrics |= measured
-    metrics["training/trained_fraction"] = keep.astype(jnp.float32).mean()
-    metrics["training/global_step"] = state.step.astype(jnp.float32)
-    return state, metrics, _sampled(parts, prompts, rollout, rewards)
-
-
-def make_step(parts: Parts, verify: Verify) -> Callable:
-    """The fused step: (state, prompts, sampling) -> (state, (metrics, sampled)); ``verify`` runs inside the program."""
-
-    def step(state: TrainState, prompts: Prompts, sampling: Sampling):
-        rollout, decode_steps = sample_phase(parts, state, prompts, sampling)
-        verdicts = verify(rollout, prompts)
-        state, metrics, sampled = learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)
-        return state, (metrics, sampled)
-
-    return step
-
-
-def make_chunk(parts: Parts, verify: Verify) -> Callable:
-    """K fused steps as one scan: prompts carry a leading [K], metrics and samples come back stacked."""
-    step = make_step(parts, verify)
-
-    def chunk(state: TrainState, prompts: Prompts, sampling: Sampling):
-        return jax.lax.scan(lambda state, drawn: step(state, drawn, sampling), state, prompts)
-
-    return chunk
+    state, measured, _ = update_phase(parts, state, rollout, rewards, sampling)
+    return state, metrics | measured, sampled_rows(parts, prompts, rollout, rewards)

@@ -10,7 +10,8 @@ import pytest
 
 from rl_reason import rewards
 from rl_reason.loop.engine import Fused, Split
-from rl_reason.loop.step import make_chunk, make_step, sample_phase
+from rl_reason.loop.chunk import make_chunk, make_step
+from rl_reason.loop.step import sample_phase
 from rl_reason.slots import Slot
 from rl_reason.types import Verdicts
 from tests import support

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import rl_reason.methods
 from rl_reason import slots
 from rl_reason.methods import clip_cov, grpo, kl_cov
-from tests.support import config_names, load_config
+from tests.support import config_names, configs_whose_objective, load_config
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -63,7 +63,7 @@ def compiled(name):
         grads, (terms, metrics) = jax.grad(total, has_aux=True)(floats)
         return terms, grads, metrics
 
-    return jax.jit(run), slot.wants
+    return jax.jit(run)
 
 
 def test_draw_offers_everything():
@@ -74,7 +74,7 @@ def test_draw_offers_everything():
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20), filler=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -7.0]))
 def test_padding_is_invisible(name, seed, filler):
-    run, _ = compiled(name)
+    run = compiled(name)
     clean = draw(seed)
     dirty = {
         k: jnp.where(MASK, x, filler) if x.shape == (N, T) and x.dtype == jnp.float32 else x for k, x in clean.items()
@@ -89,36 +89,29 @@ def test_padding_is_invisible(name, seed, filler):
         np.testing.assert_array_equal(dirty_metrics[metric], metrics[metric])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", configs_whose_objective(asks=["advantages"]))
 def test_zero_advantages_give_zero_gradient_on_policy(name):
-    run, wants = compiled(name)
-    if "advantages" not in wants:
-        pytest.skip("the objective reads no advantages")
+    run = compiled(name)
     offered = draw(0)
     _, grads, _ = run(offered | dict(advantages=jnp.zeros((N, T)), old_logprobs=offered["logprobs"]))
     np.testing.assert_array_equal(grads["logprobs"], 0.0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", configs_whose_objective(asks=["advantages"]))
 def test_on_policy_gradient_of_each_token_is_minus_its_advantage_or_nothing(name):
     # With ratio 1 no clip and no penalty acts; selection may only switch tokens off.
-    run, wants = compiled(name)
-    if "advantages" not in wants:
-        pytest.skip("the objective reads no advantages")
+    run = compiled(name)
     offered = draw(1)
     _, grads, _ = run(offered | dict(old_logprobs=offered["logprobs"]))
     got, want = grads["logprobs"][MASK], -offered["advantages"][MASK]
     assert bool(((got == want) | (got == 0)).all()) and bool((got == want).any())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", configs_whose_objective(does_not_ask=["key"]))
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**20), order=st.permutations(range(N)))
 def test_order_of_rows_does_not_matter(name, seed, order):
     # Where a key decides, it decides by position: clip_cov has a test of its own below.
-    _, wants = compiled(name)
-    if "key" in wants:
-        pytest.skip("draws by position")
     offered, order = draw(seed), jnp.array(order)
     moved = {k: x if k == "key" else x[order] for k, x in offered.items()}
     mask = moved["completion_mask"]

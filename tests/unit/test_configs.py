@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs.common import call, term
 from experiments import config_files
 from rl_reason import build
-from rl_reason.loop.step import make_step
+from rl_reason.loop.chunk import make_step
 from rl_reason.sampling import make_sampling
 from rl_reason.tasks import TASKS
 from rl_reason.tasks.in_graph import IN_GRAPH
