@@ -1,7 +1,7 @@
 """GRPO on the embedded tasks; every key that any experiment may set stands here, with what it means.
 
-    python -m experiments.run --config=base.py         # a small model trained here, minutes on two CPU cores
-    python -m experiments.run --config=base.py:smoke   # seconds
+python -m experiments.run --config=base.py         # a small model trained here, minutes on two CPU cores
+python -m experiments.run --config=base.py:smoke   # seconds
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """Clip-Cov (The Entropy Mechanism of RL for Reasoning Language Models, arXiv:2505.22617, section 4.2).
 
-    python -m experiments.run --config=clipcov.py         # a small model trained here, minutes on two CPU cores
-    python -m experiments.run --config=clipcov.py:smoke   # seconds
+python -m experiments.run --config=clipcov.py         # a small model trained here, minutes on two CPU cores
+python -m experiments.run --config=clipcov.py:smoke   # seconds
 """
 
 from configs import base

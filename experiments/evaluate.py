@@ -334,7 +334,7 @@ def accuracy_table(display: "Display", groups: Mapping[str, Mapping[str, typing.
     names = columns_of(next(iter(groups.values()))["num_samples"], room=6)
     box = rich.box.SIMPLE_HEAD if display.unicode else rich.box.ASCII2
     out = rich.table.Table(box=box, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    out.add_column("% [95% interval]", overflow="fold")
+    out.add_column("% [95%]", overflow="fold")
     for name in ("n", *names):
         out.add_column(name, justify="right", no_wrap=True)
     tasks = [name for name in groups if "/level_" not in name and name != "overall"]

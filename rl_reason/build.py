@@ -74,7 +74,9 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     rollout = rollout_config(config, tokenizer, mesh, config.batch.group_size, config.rollout.num_slots)
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.max_rounds > 1:
-        raise ValueError("config.verify='overlapped' draws one round ahead; set config.batch.max_rounds=1, or 'split'.")
+        raise ValueError(
+            "config.verify='overlapped' draws one round ahead; set config.batch.max_rounds=1, or 'split'."
+        )
     if config.rollout.temperature <= 0:
         raise ValueError("config.rollout.temperature must be above 0 for training: a greedy policy has no gradient.")
     make_sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
@@ -98,7 +100,11 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     )
     w = config.warmup
     warm_schedule = optax.warmup_cosine_decay_schedule(
-        0.0, w.learning_rate, max(w.lr_warmup_steps, 1), max(w.num_steps, w.lr_warmup_steps + 1, 2), 0.1 * w.learning_rate
+        0.0,
+        w.learning_rate,
+        max(w.lr_warmup_steps, 1),
+        max(w.num_steps, w.lr_warmup_steps + 1, 2),
+        0.1 * w.learning_rate,
     )
     supervised = dataclasses.replace(
         parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
@@ -229,7 +235,7 @@ def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
 def init_params(experiment: Experiment) -> PyTree:
     """Random parameters, born sharded; the same whatever the mesh."""
     parts, mesh = experiment.parts, experiment.mesh
-    init = lambda key: transformer.init(key, parts.model)  # noqa: E731
+    init = lambda key: transformer.init(key, parts.model)
     key = jax.random.key(experiment.config.seed)
     shapes = jax.eval_shape(init, key)
     return jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))(key)
@@ -237,7 +243,7 @@ def init_params(experiment: Experiment) -> PyTree:
 
 def init_state(experiment: Experiment, parts: Parts, params: PyTree) -> TrainState:
     """A sharded state at step 0; ``params`` is copied, so the state may be donated."""
-    make = lambda params: new_state(parts, jax.tree.map(jnp.copy, params), experiment.config.seed)  # noqa: E731
+    make = lambda params: new_state(parts, jax.tree.map(jnp.copy, params), experiment.config.seed)
     return jax.jit(make, out_shardings=state_shardings(parts, experiment.mesh))(params)
 
 

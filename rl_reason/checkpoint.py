@@ -77,9 +77,9 @@ class Checkpoints:
         """
         wanted = _plain(_abstract(like))
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            )["state"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))[
+                "state"
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"Checkpoint {step} of {self._manager.directory} does not fit this config's model, optimizer or loop "

@@ -21,14 +21,14 @@ class CompileClock:
         """From now on a compilation is a bug and is reported; None: it is expected again."""
         self._on_late = on_late
 
-    def _heard(self, event: str, seconds: float, **_) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event != BACKEND_COMPILE:
             return
-        self.seconds += seconds
+        self.seconds += duration_secs
         self.programs += 1
-        if self._on_late is not None and seconds > NOTABLE_S:
+        if self._on_late is not None and duration_secs > NOTABLE_S:
             self._on_late(
-                f"A program was compiled again after the first step ({seconds:.1f} s): some shape, dtype or sharding "
+                f"A program was compiled again after the first step ({duration_secs:.1f} s): some shape, dtype or sharding "
                 "changes between calls. Set JAX_LOG_COMPILES=1 to see which."
             )
 

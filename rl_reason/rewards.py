@@ -34,11 +34,13 @@ def in_graph(task_names: Sequence[str], tokenizer: typing.Any, *, group_size: in
 
     def verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
         if prompts.reference is None or prompts.route is None:
-            raise ValueError("Verifiers in graph need prompts with reference and route; give data.max_reference_len_tokens.")
+            raise ValueError(
+                "Verifiers in graph need prompts with reference and route; give data.max_reference_len_tokens."
+            )
         width = rollout.tokens.shape[1]
         index = jnp.minimum(rollout.prompt_len[:, None] + jnp.arange(completion_len), width - 1)
         inside = rollout.prompt_len[:, None] + jnp.arange(completion_len) < width
-        spread = lambda x: jnp.repeat(x, group_size, axis=0)  # noqa: E731
+        spread = lambda x: jnp.repeat(x, group_size, axis=0)
         right = verifier(
             spread(prompts.tokens),
             rollout.prompt_len,
@@ -95,7 +97,9 @@ def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int) -> Verify
     def ask(tokens, completion_mask, uid):
         rows = tokens.shape[0]
         if rows % group_size:
-            raise ValueError(f"A shard of {rows} rows cuts a group of {group_size}; fewer row shards, or more prompts.")
+            raise ValueError(
+                f"A shard of {rows} rows cuts a group of {group_size}; fewer row shards, or more prompts."
+            )
         shapes = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
 
         def call(*args):

@@ -110,12 +110,13 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
     return jax.tree.map(join, cache)
 
 
-def _decode_layers(params, cache, prompt_cache, x, turn, attend_with, config: ModelConfig):
+def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
     """Applies all layers to one token a slot, reading and writing the cache in place."""
     valid = jnp.ones(x.shape[:1], bool)
 
     def block(layer_params, x, attend):
-        x, cache, _ = transformer.Block(config).apply({"params": layer_params}, x, turn, attend, valid)
+        out = transformer.Block(config).apply({"params": layer_params}, x, attend, valid)
+        x, cache, _ = typing.cast(tuple, out)
         return x, cache
 
     if config.scan_decode:
@@ -129,7 +130,7 @@ def _decode_layers(params, cache, prompt_cache, x, turn, attend_with, config: Mo
         return x, cache
     new = []
     for layer_params, layer_cache, layer_prompt in zip(params["layers"], cache, prompt_cache, strict=True):
-        attend = lambda q, k, v, c=layer_cache, p=layer_prompt: attend_with(q, k, v, c, p, None)  # noqa: E731
+        attend = lambda q, k, v, c=layer_cache, p=layer_prompt: attend_with(q, k, v, c, p, None)
         x, layer_cache = block(layer_params, x, attend)
         new.append(layer_cache)
     return x, new
@@ -190,10 +191,13 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         row = jnp.minimum(slots.row, rows - 1)
         prompt = row // rollout.group_size
         prompt_len = jnp.take_along_axis(queue.prompt_len, prompt, axis=1)
-        flat = lambda x: constrain_rows(x.reshape(shards * width, *x.shape[2:]))  # noqa: E731
+        flat = lambda x: constrain_rows(x.reshape(shards * width, *x.shape[2:]))
         count = flat(slots.count)
+        position = flat(prompt_len) - 1 + count
+        turn = jax.tree.map(lambda table: table[position], turns)
 
         def attend_with(q, k, v, cache, prompt_cache, index):
+            q, k = transformer.rotate(q, turn), transformer.rotate(k, turn)
             keys = write_cache(cache[0], k, count, layer=index)
             values = write_cache(cache[1], v, count, layer=index)
             out = decode_attention(
@@ -211,9 +215,7 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
             return out, (keys, values)
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
-        position = flat(prompt_len) - 1 + count
-        turn = jax.tree.map(lambda table: table[position], turns)
-        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, turn, attend_with, config)
+        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
         logits = transformer.final_norm(params, x, config) @ head
 
         keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)
@@ -277,7 +279,7 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
     batch, prompt_width = prompts.tokens.shape
     rows, width = batch * rollout.group_size, prompt_width + rollout.completion_len
     flat = jax.tree.map(lambda x: constrain_rows(x.reshape(rows, *x.shape[2:])), written)
-    spread = lambda x: constrain_rows(jnp.repeat(x, rollout.group_size, axis=0))  # noqa: E731
+    spread = lambda x: constrain_rows(jnp.repeat(x, rollout.group_size, axis=0))
     prompt_len = spread(prompts.prompt_len)
     index = jnp.arange(width) - prompt_len[:, None]  # position in the completion
     mask = (index >= 0) & (index < flat.length[:, None])
@@ -333,7 +335,7 @@ def generate(
     batch = prompts.tokens.shape[0]
     check(rollout, batch)
     shards, rows = rollout.num_shards, batch * rollout.group_size
-    by_shard = lambda x: constrain_rows(x.reshape(shards, -1, *x.shape[1:]))  # noqa: E731
+    by_shard = lambda x: constrain_rows(x.reshape(shards, -1, *x.shape[1:]))
     last = jnp.take_along_axis(prompts.tokens, prompts.prompt_len[:, None] - 1, axis=1)[:, 0]
     full = jnp.full(rows, rollout.completion_len, jnp.int32)
     queue = _Queue(
@@ -345,11 +347,11 @@ def generate(
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token
     prompt_cache = prefill(params, prompts, config, rollout)
     if not config.scan_decode:  # one array a layer: a slice of a stack would be copied at every step
-        unstack = lambda tree: [transformer.layer(tree, i) for i in range(config.num_layers)]  # noqa: E731
+        unstack = lambda tree: [transformer.layer(tree, i) for i in range(config.num_layers)]
         params, prompt_cache = params | {"layers": unstack(params["layers"])}, unstack(prompt_cache)
 
     step = _make_step(params, queue, prompt_cache, sampling, config, rollout)
-    body = lambda loop: jax.lax.scan(step, loop, length=rollout.check_every)[0]  # noqa: E731
+    body = lambda loop: jax.lax.scan(step, loop, length=rollout.check_every)[0]
     start = _start(config, rollout, queue, jnp.promote_types(config.dtype, jnp.float32))
     local_rows = rows // shards
     loop = jax.lax.while_loop(lambda loop: (loop.slots.row < local_rows).any(), body, start)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -48,7 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     if math.prod(shape) != len(devices):
         given = ", ".join(f"{a}={sizes.get(a, 1)}" for a in AXES)
         raise ValueError(f"mesh({given}) does not cover {len(devices)} devices; make the product {len(devices)}.")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -67,10 +66,8 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
         ValueError: no rule matches; add one to PARTITION_RULES.
     """
-    for pattern, spec in PARTITION_RULES:
-        if re.search(pattern, name):
-            break
-    else:
+    spec = next((spec for pattern, spec in PARTITION_RULES if re.search(pattern, name)), None)
+    if spec is None:
         raise ValueError(f"No partition rule matches parameter {name!r} {shape}; add one to sharding.PARTITION_RULES.")
     parts = list(spec) + [None] * (len(shape) - len(spec))
     return P(*(a if a is not None and n % mesh.shape[a] == 0 else None for a, n in zip(parts, shape, strict=True)))

@@ -14,18 +14,17 @@ from collections.abc import Callable, Mapping
 
 import rl_reason.methods
 
-OFFERED: dict[str, frozenset[str]] = {
-    "reward": frozenset("score valid rollout prompts params ref_params models stats key".split()),
-    "selection": frozenset("rewards correct valid stats step key".split()),
-    "advantages": frozenset(
-        "rewards correct valid keep off_policy completion_mask old_logprobs ref_logprobs token_rewards".split()
-    ),
-    "correction": frozenset("old_logprobs rollout_logprobs off_policy completion_mask".split()),
-    "objective": frozenset(
-        "logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask rewards correct "
-        "success_rate off_policy key".split()
-    ),
+_ADVANTAGES = "rewards correct valid keep off_policy completion_mask old_logprobs ref_logprobs token_rewards"
+_OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask rewards correct
+success_rate off_policy key"""
+_NAMES = {
+    "reward": "score valid rollout prompts params ref_params models stats key",
+    "selection": "rewards correct valid stats step key",
+    "advantages": _ADVANTAGES,
+    "correction": "old_logprobs rollout_logprobs off_policy completion_mask",
+    "objective": _OBJECTIVE,
 }
+OFFERED: dict[str, frozenset[str]] = {slot: frozenset(names.split()) for slot, names in _NAMES.items()}
 OPTIONAL = frozenset({"selection", "correction"})  # slots that a config may leave None
 
 

@@ -106,9 +106,10 @@ def train(
         if not keep_going():
             break
         drawn = [next(stream) for _ in range(w.steps_per_call)]
-        stacked = supervised.Demonstrations(*(np.stack(x) for x in zip(*drawn, strict=True)))
-        state, metrics = chunk(state, processes.to_global(stacked, rows))
+        tokens, loss_mask = (np.stack(x) for x in zip(*drawn, strict=True))
+        batches = supervised.Demonstrations(*processes.to_global((tokens, loss_mask), rows))
+        state, metrics = chunk(state, batches)
         last = {name: float(x[-1]) for name, x in processes.to_host(metrics).items()}
-        tokens = float(stacked.loss_mask.sum())
-        on_step(done + w.steps_per_call, last | {"loss": last["sft/loss"], "tokens": tokens})
+        counted = float(loss_mask.sum())
+        on_step(done + w.steps_per_call, last | {"loss": last["sft/loss"], "tokens": counted})
     return state.params

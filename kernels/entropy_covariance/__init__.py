@@ -2,6 +2,6 @@
 
 from kernels.entropy_covariance.covariance import covariance
 from kernels.entropy_covariance.public import TokenStatistics, token_statistics
-from kernels.entropy_covariance.selection import select_random_subset, select_top_fraction
+from kernels.entropy_covariance.selection import fraction_of, select_random_subset, select_top_fraction
 
-__all__ = ["TokenStatistics", "covariance", "select_random_subset", "select_top_fraction", "token_statistics"]
+__all__ = ["TokenStatistics", "covariance", "fraction_of", "select_random_subset", "select_top_fraction", "token_statistics"]

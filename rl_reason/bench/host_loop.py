@@ -81,6 +81,7 @@ class HostLoop:
         for layer, own, prompt in zip(params["layers"], cache, held.prompt_cache, strict=True):
 
             def attend(q, k, v, own=own, prompt=prompt):
+                q, k = transformer.rotate(q, turn), transformer.rotate(k, turn)
                 keys, values = (write_cache(old, x, lengths - 1) for old, x in zip(own, (k, v), strict=True))
                 out = decode_attention(
                     q,
@@ -95,7 +96,7 @@ class HostLoop:
                 )
                 return out, (keys, values)
 
-            out: typing.Any = transformer.Block(config).apply({"params": layer}, x, turn, attend, jnp.ones(rows, bool))
+            out: typing.Any = transformer.Block(config).apply({"params": layer}, x, attend, jnp.ones(rows, bool))
             x, kept, _ = out
             new.append(kept)
         logits = transformer.final_norm(params, x, config) @ transformer.unembedding(params, config)

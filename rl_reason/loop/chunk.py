@@ -45,7 +45,12 @@ def kept_groups(parts: Parts, selected: Selected) -> Int[Array, ""]:
 
 
 def judge(
-    parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout, verdicts: Verdicts, decode_steps: Int[Array, ""]
+    parts: Parts,
+    state: TrainState,
+    prompts: Prompts,
+    rollout: Rollout,
+    verdicts: Verdicts,
+    decode_steps: Int[Array, ""],
 ) -> Round:
     """Rewards, selection and metrics of one round."""
     rewards, rollout = reward_phase(parts, state, prompts, rollout, verdicts)
@@ -57,9 +62,7 @@ def judge(
 
 def merge(parts: Parts, so_far: Round, new: Round) -> Round:
     """Both rounds' groups, kept ones first, as many as a step trains on; metrics averaged over all rounds."""
-    joined = jax.tree.map(
-        lambda a, b: constrain_rows(jnp.concatenate([a, b])), so_far.selected[:3], new.selected[:3]
-    )
+    joined = jax.tree.map(lambda a, b: constrain_rows(jnp.concatenate([a, b])), so_far.selected[:3], new.selected[:3])
     rounds = so_far.metrics["train/num_gen_batches"]
 
     def average(name: str, old: Array, fresh: Array) -> Array:
@@ -72,15 +75,17 @@ def merge(parts: Parts, so_far: Round, new: Round) -> Round:
         return (old * rounds + fresh) / (rounds + 1)
 
     metrics = {name: average(name, so_far.metrics[name], fresh) for name, fresh in new.metrics.items()}
-    return Round(compact_groups(parts, Selected(*joined, new.selected.stats)), metrics, new.sampled)
+    selected = Selected(joined[0], joined[1], joined[2], new.selected.stats)
+    return Round(compact_groups(parts, selected), metrics, new.sampled)
 
 
 def nothing_yet(parts: Parts, like: PyTree) -> Round:
     """An empty buffer for ``merge``, from the shapes of a round."""
     rows = parts.plan.rows
     empty = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), like.selected[:3])
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
-    return Round(Selected(*empty, zeros(like.selected.stats)), zeros(like.metrics), zeros(like.sampled))
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    selected = Selected(empty[0], empty[1], empty[2], zeros(like.selected.stats))
+    return Round(selected, zeros(like.metrics), zeros(like.sampled))
 
 
 def _in_rounds(parts: Parts, verify: Verify, state: TrainState, prompts: Prompts, sampling: Sampling) -> Round:

@@ -13,8 +13,8 @@ from jaxtyping import PyTree
 
 from rl_reason import processes
 from rl_reason.batch import split_strided
-from rl_reason.loop.parts import Parts
 from rl_reason.loop.chunk import Round, judge, kept_groups, make_chunk, merge, nothing_yet
+from rl_reason.loop.parts import Parts
 from rl_reason.loop.step import Sampled, learn_phase, sample_phase, train_phase
 from rl_reason.rewards import ScoreRows
 from rl_reason.sampling import Sampling
@@ -122,9 +122,9 @@ class Split:
             clock.mark("reward")
             new = self._judge(current, drawn, rollout, verdicts, decode_steps)
             if gathered is None:
-                empty = nothing_yet(self._parts, jax.eval_shape(lambda: new))
+                empty = nothing_yet(self._parts, new)
                 gathered = empty._replace(selected=empty.selected._replace(stats=stats))
-            gathered = self._merge(gathered, new)
+            gathered = typing.cast(Round, self._merge(gathered, new))
             stats = gathered.selected.stats
             if int(self._count(gathered)) >= plan.prompts_per_step:
                 break
@@ -152,7 +152,7 @@ class _Clock:
     """Seconds of a step's parts; what is marked again adds up."""
 
     def __init__(self):
-        self.seconds = dict.fromkeys(("gen", "reward", "update_actor"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("gen", "reward", "update_actor"), 0.0)
         self._last = time.perf_counter()
 
     def mark(self, name: str) -> None:

@@ -6,7 +6,6 @@ drift apart.
 
 import dataclasses
 import typing
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from rl_reason.loop.update import (
 from rl_reason.masked import masked_mean
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import constrain_rows
-from rl_reason.types import Metrics, Prompts, Rewards, Rollout, TrainState, Verdicts, Verify, struct
+from rl_reason.types import Metrics, Prompts, Rewards, Rollout, TrainState, Verdicts, struct
 
 ROLLOUT, OBJECTIVE, SELECTION, REWARD = range(4)  # folded into the root key: one stream a purpose
 
@@ -91,7 +90,7 @@ class Selected(typing.NamedTuple):
 def choose_rows(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
     """The selection slot, then stable compaction of each group to train_group_size rows."""
     plan, selection = parts.plan, parts.slots["selection"]
-    groups = lambda x: x.reshape(-1, plan.group_size)  # noqa: E731
+    groups = lambda x: x.reshape(-1, plan.group_size)
     valid = groups(rewards.valid)
     keep, stats = valid, state.stats
     if selection is not None:
@@ -109,7 +108,7 @@ def choose_rows(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewa
     if plan.train_group_size < plan.group_size:
         order = jnp.argsort(~keep, axis=1, stable=True)[:, : plan.train_group_size]
         tree = _take_rows(tree, (jnp.arange(keep.shape[0])[:, None] * plan.group_size + order).reshape(-1))
-    return Selected(*tree, stats)
+    return Selected(tree[0], tree[1], tree[2], stats)
 
 
 def compact_groups(parts: Parts, selected: Selected) -> Selected:
@@ -120,7 +119,7 @@ def compact_groups(parts: Parts, selected: Selected) -> Selected:
         return selected
     order = jnp.argsort(~kept.any(1), stable=True)[:wanted]
     tree = _take_rows(selected[:3], (order[:, None] * size + jnp.arange(size)).reshape(-1))
-    return Selected(*tree, selected.stats)
+    return Selected(tree[0], tree[1], tree[2], selected.stats)
 
 
 def select_phase(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
@@ -141,9 +140,7 @@ def update_phase(
     return state, metrics, selected.keep
 
 
-def train_phase(
-    parts: Parts, state: TrainState, selected: Selected, sampling: Sampling
-) -> tuple[TrainState, Metrics]:
+def train_phase(parts: Parts, state: TrainState, selected: Selected, sampling: Sampling) -> tuple[TrainState, Metrics]:
     """Advantages and all optimizer updates of a step, on selected rows."""
     rollout, rewards, keep, stats = selected
     state = dataclasses.replace(state, stats=stats)
@@ -173,7 +170,7 @@ def _training_rows(
 ) -> tuple[Minibatch, Metrics]:
     """Everything the updates of a step hold fixed: advantages, and old and reference log-probabilities where asked."""
     plan = parts.plan
-    groups = lambda x: x.reshape(-1, plan.train_group_size)  # noqa: E731
+    groups = lambda x: x.reshape(-1, plan.train_group_size)
     mask = rollout.completion_mask & keep[:, None]
     on_policy = rewards.valid & ~rollout.off_policy
     success = masked_mean(groups(rewards.correct), groups(on_policy), axis=1)
@@ -240,15 +237,13 @@ def _advantage_metrics(advantages: Float[Array, "N T"], mask: Bool[Array, "N T"]
     }
 
 
-def rollout_metrics(
-    parts: Parts, rollout: Rollout, rewards: Rewards, decode_steps: Int[Array, ""]
-) -> Metrics:
+def rollout_metrics(parts: Parts, rollout: Rollout, rewards: Rewards, decode_steps: Int[Array, ""]) -> Metrics:
     """What the samples of a step were like, before any selection."""
     length = rollout.completion_mask.sum(1).astype(rewards.total.dtype)
     valid = rewards.valid
     by_group = rewards.total.reshape(-1, parts.plan.group_size)
     spread = by_group.max(1) - by_group.min(1)
-    as_float = lambda x: x.astype(length.dtype)  # noqa: E731
+    as_float = lambda x: x.astype(length.dtype)
     return {
         "critic/score/mean": masked_mean(rewards.correct, valid),
         "critic/rewards/mean": masked_mean(rewards.total, valid),

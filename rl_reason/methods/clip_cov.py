@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from kernels.entropy_covariance import covariance, select_random_subset
+from kernels.entropy_covariance import covariance, fraction_of, select_random_subset
 from rl_reason.masked import masked_mean
 from rl_reason.policy import ppo_losses, ppo_metrics, probability_ratio
 from rl_reason.types import Metrics
@@ -36,10 +36,10 @@ def objective(
     losses, clipped = ppo_losses(probability_ratio(logprobs, old_logprobs), advantages, clip_eps_low, clip_eps_high)
     cov = covariance(logprobs, advantages, completion_mask)
     candidates = completion_mask & ~clipped & (cov > clip_cov_low) & (cov < clip_cov_high)
-    budget = jnp.maximum(jnp.floor(clip_cov_ratio * completion_mask.sum()), 1).astype(jnp.int32)
+    budget = jnp.maximum(fraction_of(clip_cov_ratio, completion_mask.sum()), 1)
     chosen = select_random_subset(candidates, budget, jax.random.uniform(key, cov.shape))
 
-    share = lambda mask: masked_mean(mask.astype(cov.dtype), completion_mask)  # noqa: E731
+    share = lambda mask: masked_mean(mask.astype(cov.dtype), completion_mask)
     metrics = ppo_metrics(logprobs, old_logprobs, clipped, completion_mask) | {
         "clip_cov/fraction": share(chosen),
         "clip_cov/candidate_fraction": share(candidates),

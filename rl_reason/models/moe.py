@@ -52,15 +52,14 @@ class MixtureOfExperts(nn.Module):
         up = expert_weights("up", c.hidden_size, c.mlp_size)
         down = expert_weights("down", c.mlp_size, c.hidden_size)
 
-        tokens = x.reshape(-1, c.hidden_size)
         accumulate = jnp.promote_types(c.dtype, jnp.float32)
-        logits = tokens.astype(accumulate) @ router.astype(accumulate)
+        logits = x.astype(accumulate) @ router.astype(accumulate)
         weights, expert_ids = route(logits, c.experts_per_token)
-        rows, group_sizes, order = permute(tokens, expert_ids, c.num_experts)
+        rows, group_sizes, order = permute(x, expert_ids, c.num_experts)
         hidden = nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
         out = combine(grouped_matmul(hidden, down, group_sizes), order, weights)
 
-        live = valid.reshape(-1, 1).astype(accumulate)
+        live = valid[:, None].astype(accumulate)
         one_hot = jax.nn.one_hot(expert_ids, c.num_experts, dtype=accumulate).sum(1)
         statistics = RouterStatistics(
             probabilities=(jax.nn.softmax(logits) * live).sum(0),
@@ -68,4 +67,4 @@ class MixtureOfExperts(nn.Module):
             squared_logsumexp=(jax.nn.logsumexp(logits, axis=-1) ** 2 * live[:, 0]).sum(),
             count=live.sum(),
         )
-        return out.reshape(x.shape).astype(x.dtype), statistics
+        return out.astype(x.dtype), statistics

@@ -73,19 +73,19 @@ def rotate(x: Float[Array, "*r heads hd"], by: Rotation) -> Float[Array, "*r hea
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMSNorm on queries and keys; ``attend`` decides what the queries may see."""
+    """Grouped-query attention with RMSNorm on queries and keys; ``attend`` decides where they are and what they see."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rotation: Rotation, attend: Attend):
+    def __call__(self, x, attend: Attend):
         c = self.config
         dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype)
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
         q = norm(name="q_norm")(dense((c.num_heads, c.head_dim), name="q")(x))
         k = norm(name="k_norm")(dense((c.num_kv_heads, c.head_dim), name="k")(x))
         v = dense((c.num_kv_heads, c.head_dim), name="v")(x)
-        out, cache = attend(rotate(q, rotation), rotate(k, rotation), v)
+        out, cache = attend(q, k, v)
         return dense(c.hidden_size, axis=(-2, -1), name="out")(out), cache
 
 
@@ -103,15 +103,19 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. Returns (x, whatever ``attend`` kept, router statistics or None)."""
+    """Pre-norm attention and feed-forward over tokens [M D], whatever rows they come from.
+
+    One flat axis, because a weight's gradient then contracts one: over two, XLA transposes the activations first, and an
+    update on a CPU takes 1.7 times as long. Returns (x, whatever ``attend`` kept, router statistics or None).
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rotation: Rotation, attend: Attend, valid):
+    def __call__(self, x, attend: Attend, valid):
         c = self.config
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
-        attended, cache = Attention(c, name="attention")(norm(name="attention_norm")(x), rotation, attend)
+        attended, cache = Attention(c, name="attention")(norm(name="attention_norm")(x), attend)
         x = x + attended
         h = norm(name="mlp_norm")(x)
         if c.num_experts:
@@ -132,11 +136,10 @@ class Hidden(typing.NamedTuple):
 def init(key: Key[Array, ""], config: ModelConfig) -> PyTree:
     """Parameters: {embed [V D], layers {... [L ...]}, final_norm [D], unembed [D V] unless tied}."""
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
-    x = jnp.zeros((1, 2, config.hidden_size), config.dtype)
-    turn, valid = rotation(jnp.arange(2), config), jnp.ones((1, 2), bool)
+    x, valid = jnp.zeros((2, config.hidden_size), config.dtype), jnp.ones(2, bool)
 
     def init_layer(key):
-        return Block(config).init(key, x, turn, causal_attention, valid)["params"]
+        return Block(config).init(key, x, lambda q, k, v: (q, None), valid)["params"]
 
     scale = config.hidden_size**-0.5
     shape = (config.vocab_size, config.hidden_size)
@@ -181,13 +184,20 @@ def forward(
     attend: Attend = causal_attention,
 ) -> Hidden:
     """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics."""
-    turn = rotation(jnp.arange(tokens.shape[1]), config)  # position = column
-    x = constrain(embed(params, tokens, config), ROWS)
+    rows, width = tokens.shape
+    turn = rotation(jnp.arange(width), config)
+
+    def attend_rows(q, k, v):
+        q, k, v = (x.reshape(rows, width, *x.shape[1:]) for x in (q, k, v))
+        context, kept = attend(rotate(q, turn), rotate(k, turn), v)
+        return context.reshape(rows * width, *context.shape[2:]), kept
 
     def apply_block(x, layer_params):
-        x, cache, router = Block(config).apply({"params": layer_params}, x, turn, attend, valid)
+        out = Block(config).apply({"params": layer_params}, x, attend_rows, valid.reshape(-1))
+        x, cache, router = typing.cast(tuple, out)
         return constrain(x, ROWS), (cache, router)
 
+    x = constrain(embed(params, tokens.reshape(-1), config), ROWS)
     body: Callable = jax.checkpoint(apply_block) if config.remat else apply_block
     if config.scan_layers:
         x, (cache, router) = jax.lax.scan(body, x, params["layers"])
@@ -197,7 +207,7 @@ def forward(
             x, out = body(x, layer(params["layers"], index))
             kept.append(out)
         cache, router = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
-    return Hidden(final_norm(params, x, config), cache, router)
+    return Hidden(final_norm(params, x, config).reshape(rows, width, -1), cache, router)
 
 
 def num_params(config: ModelConfig) -> tuple[int, int]:

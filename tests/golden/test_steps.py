@@ -68,7 +68,8 @@ def test_a_step(name, x64):
     got = {"update_norm": norm} | {k: float(v) for k, v in metrics.items()}
     assert all(np.isfinite(v) for v in got.values())
     assert name in PINNED, f'new config: add to steps.json "{name}": {json.dumps(got, indent=1)}'
-    assert got == pytest.approx(PINNED[name], rel=1e-7, abs=1e-12), f'"{name}": {json.dumps(got, indent=1)}'
+    pinned = {k: got.get(k) for k in PINNED[name]}  # a metric more moves nothing
+    assert pinned == pytest.approx(PINNED[name], rel=1e-7, abs=1e-12), f'"{name}": {json.dumps(got, indent=1)}'
 
 
 def test_pins_name_configs_that_exist():
