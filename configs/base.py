@@ -107,8 +107,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.aggregation = dict(policy=term("token_mean"))
     config.objective_scope = "minibatch"  # "microbatch" is for parity with the authors' forks
     config.regularisers = dict(
-        kl=config_dict.placeholder(ml_collections.ConfigDict),  # dict(estimator, coef, how, divisor)
-        entropy=config_dict.placeholder(ml_collections.ConfigDict),  # dict(coef, how, divisor)
+        kl=config_dict.placeholder(object),  # dict(estimator, coef, how, divisor)
+        entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
 
     config.optimizer = dict(

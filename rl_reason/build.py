@@ -89,7 +89,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         model=model,
         rollout=rollout,
         plan=plan,
-        slots=slots.resolve_all(config.to_dict()),
+        slots=_slots(config),
         optimizer=adamw(o, schedule),
         schedule=schedule,
         aggregation=reduced,
@@ -135,20 +135,26 @@ def _check_run(config: Config) -> None:
 
 def _slots(config: Config) -> dict[str, slots.Slot | None]:
     """The slots; overlapped rollouts are one step off-policy and always corrected."""
-    found = slots.resolve_all(config)
+    found = slots.resolve_all(config.to_dict())
     if config.verify == "overlapped" and found["correction"] is None:
         if config.overlap_correction is None:
             raise ValueError("config.verify='overlapped' is off-policy: set config.correction or overlap_correction.")
-        found["correction"] = slots.resolve("correction", config.overlap_correction)
+        found["correction"] = slots.resolve("correction", config.overlap_correction.to_dict())
     return found
 
 
 def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:
     wanted = {"kl": {"estimator", "coef", "how", "divisor"}, "entropy": {"coef", "how", "divisor"}}
     for name, keys in regularisers.items():
-        if keys is not None and set(keys) != wanted[name]:
+        where = f"config.regularisers.{name}"
+        if keys is None:
+            continue
+        if set(keys) != wanted[name]:
+            raise ValueError(f"{where} has keys {sorted(keys)}; it takes exactly {sorted(wanted[name])}.")
+        if keys["how"] not in aggregation.HOW or keys["divisor"] <= 0:
             raise ValueError(
-                f"config.regularisers.{name} has keys {sorted(keys)}; it takes exactly {sorted(wanted[name])}."
+                f"{where}: how={keys['how']!r}, divisor={keys['divisor']}; how is one of {', '.join(aggregation.HOW)}, "
+                "and divisor is above 0."
             )
     kl = regularisers["kl"]
     if kl is not None and kl["estimator"] not in ("k1", "k2", "k3"):

@@ -90,10 +90,6 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
     rows = rollout.prefill_rows or batch
     if batch <= rows:
         return run(tokens, prompts.prompt_len)
-    if batch % rows or rows % rollout.num_shards:
-        raise ValueError(
-            f"rollout.prefill_rows={rows} must divide {batch} prompts and be a multiple of {rollout.num_shards} shards."
-        )
     # A chunk takes its share from every shard, so that all devices work on each.
     shards, chunks = rollout.num_shards, batch // rows
 
@@ -303,17 +299,23 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:
-    """Refuses a batch that the slots and shards cannot hold, before anything is traced.
+    """Refuses what slots, shards and prefill cannot hold, before anything is traced.
 
     Raises:
-        ValueError: with the derived values.
+        ValueError: naming the key, with the derived values.
     """
-    shards = rollout.num_shards
+    shards, rows = rollout.num_shards, rollout.prefill_rows
+    if rollout.check_every < 1 or rollout.completion_len < 1:
+        raise ValueError(
+            f"rollout.check_every={rollout.check_every} and completion_len={rollout.completion_len} must be at least 1."
+        )
     if batch % shards or rollout.num_slots % shards or rollout.num_slots < shards:
         raise ValueError(
             f"{batch} prompts and rollout.num_slots={rollout.num_slots} must both be multiples of the {shards} row "
             "shards (mesh data x fsdp)."
         )
+    if rows and rows < batch and (batch % rows or rows % shards):
+        raise ValueError(f"rollout.prefill_rows={rows} must divide {batch} prompts and be a multiple of {shards} shards.")
 
 
 def generate(

@@ -18,8 +18,8 @@ ROWS = ("data", "fsdp")  # what a batch's rows are cut over
 
 # First match wins. Layer parameters carry a leading stacked axis, which is never cut. MoE kernels are [L, E, in, out].
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
-    (r"embed$", P("tensor", "fsdp")),
-    (r"unembed$", P("fsdp", "tensor")),
+    (r"^embed$", P("tensor", "fsdp")),
+    (r"^unembed$", P("fsdp", "tensor")),
     (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),
     (r"layers/attention/out/kernel$", P(None, "tensor", None, "fsdp")),
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
