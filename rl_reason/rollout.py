@@ -315,7 +315,9 @@ def check(rollout: RolloutConfig, batch: int) -> None:
             "shards (mesh data x fsdp)."
         )
     if rows and rows < batch and (batch % rows or rows % shards):
-        raise ValueError(f"rollout.prefill_rows={rows} must divide {batch} prompts and be a multiple of {shards} shards.")
+        raise ValueError(
+            f"rollout.prefill_rows={rows} must divide {batch} prompts and be a multiple of {shards} shards."
+        )
 
 
 def generate(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rl_reason import rewards
-from rl_reason.loop.engine import Fused, Split
 from rl_reason.loop.chunk import make_chunk, make_step
+from rl_reason.loop.engine import Fused, Split
 from rl_reason.loop.step import sample_phase
 from rl_reason.slots import Slot
 from rl_reason.types import Verdicts

@@ -173,9 +173,14 @@ def test_an_interrupted_warm_up(tmp_path):
 
 
 def test_too_many_gradients_that_are_not_finite_stop_the_run(tmp_path, data):
-    """Infinite rewards: updates are skipped, the run stops and says what to do, its good weights are saved."""
+    """Rewards that are no numbers: updates are skipped, the run stops and says what to do, its good weights are saved."""
     run = tmp_path / "run"
-    limits = ["--config.reward.right=inf", "--config.optimizer.max_skipped_in_a_row=6", "--config.verify=callback"]
+    limits = [
+        "--config.reward.right=inf",
+        "--config.reward.wrong=inf",
+        "--config.optimizer.max_skipped_in_a_row=6",
+        "--config.verify=callback",
+    ]
     done = harness.run(harness.FILES, data, f"--run={run}", *limits)
     assert done.code == 1, done.output
     assert "had a non-finite loss or gradient; stopped at step" in done.output and "Traceback" not in done.output
