@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.num_steps = 80
-    config.steps_per_call = 5  # K steps in one compiled scan; a chunk should stay under 10 s
+    config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
 
     config.model = dict(
         num_layers=3,
@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.warmup = dict(
         num_steps=400,  # 0 starts RL from random weights
-        steps_per_call=50,
+        steps_per_call=25,
         batch_size=128,
         direct_share=0.6,  # demonstrations that give the answer without steps: what RL then learns not to do
         learning_rate=2e-3,
@@ -125,7 +125,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.evaluation = dict(num_prompts=256, num_samples=4, every=0, num_slots=256)  # every: steps; 0: ends only
     config.checkpoint = dict(every=40, keep=2)  # steps between checkpoints; the last step is always saved
-    config.log = dict(rollout_groups=2)  # groups of each step written to rollouts/; -1: all
+    config.log = dict(
+        rollout_groups=2,  # groups of each step written to rollouts/; -1: all
+        report=True,  # report.html and plots/ at the end; `python -m experiments.report` makes them at any time
+    )
 
     if arg == "smoke":
         smoke(config)

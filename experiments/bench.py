@@ -18,7 +18,6 @@ from experiments import config_files
 _OUT = flags.DEFINE_string("out", None, "Where the JSON goes; default: bench-<config>.json in the working directory.")
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer repeats and shorter measurements: for tests.")
 _REPEATS = flags.DEFINE_integer("repeats", None, "Timed runs of each program at least; default 5, with --quick 2.", 1)
-_CONFIG = config_files.define_flag()
 DEFAULT_CONFIG = "clipcov.py"
 
 Record = Mapping[str, typing.Any]
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Measures, prints and writes; whatever the user can mend ends in a message that starts "error:"."""
     if argv[1:]:
         raise SystemExit(f"error: unexpected {argv[1]!r}; write --name=value.")
-    config: typing.Any = config_files.checked(_CONFIG.value)
+    config: typing.Any = config_files.checked(config_files.CONFIG.value)
     logging.set_verbosity(logging.WARNING)
     config_files.prepare_host()
     if config.model.dtype == "float64":

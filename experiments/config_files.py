@@ -11,6 +11,10 @@ from ml_collections import config_flags
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 HELPERS = ("__init__.py", "common.py")
+# The --config flag. Unknown keys are refused with the nearest name, wrong types with both types.
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with an optional :arg.", lock_config=True
+)
 
 
 def known() -> list[str]:
@@ -48,12 +52,6 @@ def name_of(argv: list[str]) -> str:
             name, _, arg = word.partition("=")[2].partition(":")
             return "-".join(filter(None, (pathlib.Path(name).stem, arg)))
     return "run"
-
-
-def define_flag():
-    """The --config flag. Unknown keys are refused with the nearest name, wrong types with both types."""
-    about = "A file of configs/, with an optional :arg."
-    return config_flags.DEFINE_config_file("config", None, about, lock_config=True)
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:

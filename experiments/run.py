@@ -18,7 +18,6 @@ _DISTRIBUTED = flags.DEFINE_bool(
     False,
     "Join other processes, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as the cluster says.",
 )
-_CONFIG = config_files.define_flag()
 # On resume: what changes no step, and what a run that stopped on non-finite gradients is told to change.
 MAY_CHANGE = ("checkpoint.*", "log.*", "verifier.*", "optimizer.learning_rate", "optimizer.max_skipped_in_a_row")
 
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(
             f"error: unexpected {argv[1]!r}; write --name=value, and --config=FILE.py for the experiment."
         )
-    config = config_files.checked(_CONFIG.value)
+    config = config_files.checked(config_files.CONFIG.value)
     logging.set_verbosity(logging.WARNING)  # Orbax tells its life story otherwise
     config_files.prepare_host()
     if config.model.dtype == "float64":

@@ -44,7 +44,7 @@ def kl_estimate(
         return delta**2 / 2
     if estimator == "k3":
         delta = jnp.clip(delta, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        return jnp.clip(jnp.exp(-delta) + delta - 1, -10.0, 10.0)
+        return jnp.clip(jnp.expm1(-delta) + delta, -10.0, 10.0)  # exp(-d) - 1 would round a small d away
     raise ValueError(f"estimator={estimator!r}: the KL estimators are k1, k2 and k3.")
 
 

@@ -241,6 +241,7 @@ class Reinforcement:
 
     def _validate(self, state: TrainState, step: int) -> None:
         assert self.evaluator is not None
+        self.session.clock.steady(None)  # after a resume this compiles it
         answered = self.evaluator(state.params, self.experiment.sampling)
         if self.writer is not None:
             self.writer.append([{"step": step} | dict(evaluate.metrics(answered))])
@@ -326,7 +327,8 @@ def _finish(session: Session, before: list[evaluate.Answered], after: list[evalu
     )
     summary.save(session.run.summary)
     try:
-        write_report(session.run.path)
+        if session.experiment.config.log.report:
+            write_report(session.run.path)
     except Exception as error:  # a plot must not fail a finished run
         session.display.warn(f"no report: {error!r}. Try `python -m experiments.report --run={session.run.path}`.")
     print_summary(session.display, session.run.name, summary, session.run.written())

@@ -84,10 +84,8 @@ def train(
     experiment: build.Experiment,
     params: PyTree,
     on_step: Callable[[int, dict[str, float]], None],
-    num_steps: int | None = None,
-    keep_going: Callable[[], bool] = lambda: True,
 ) -> PyTree:
-    """Maximum likelihood on worked solutions for ``num_steps`` (the config's), or until ``keep_going`` says no."""
+    """Maximum likelihood on worked solutions."""
     config, parts = experiment.config, experiment.supervised
     w = config.warmup
     rows = build.rows_sharding(experiment.mesh, leading=1)
@@ -102,9 +100,7 @@ def train(
     )
     chunk = jax.jit(supervised.make_chunk(parts), donate_argnums=0)
     state = build.init_state(experiment, parts, params)
-    for done in range(0, w.num_steps if num_steps is None else num_steps, w.steps_per_call):
-        if not keep_going():
-            break
+    for done in range(0, w.num_steps, w.steps_per_call):
         drawn = [next(stream) for _ in range(w.steps_per_call)]
         tokens, loss_mask = (np.stack(x) for x in zip(*drawn, strict=True))
         batches = supervised.Demonstrations(*processes.to_global((tokens, loss_mask), rows))

@@ -27,7 +27,7 @@ def float64():
 @functools.cache
 def params(model):
     """Random weights under which completions end anywhere from the first token to the last."""
-    return support.tiny_params(model, scale=1.0)
+    return support.tiny_params(model, scale=0.5)
 
 
 def draw(model=None, prompts=None, sampling=None, max_new_tokens=None, **changes):
@@ -39,7 +39,7 @@ def draw(model=None, prompts=None, sampling=None, max_new_tokens=None, **changes
     prompts = support.tiny_prompts(NUM_PROMPTS) if prompts is None else prompts
     sampling = make_sampling(1.0) if sampling is None else sampling
     run = jax.jit(lambda *args: generate(*args, model, rollout, max_new_tokens))
-    out, steps = run(params(model), prompts, jax.random.key(7), sampling)
+    out, steps = run(params(model), prompts, jax.random.key(11), sampling)
     return jax.tree.map(np.asarray, out), int(steps)
 
 

@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.warmup.num_steps = 0
     config.evaluation.num_prompts = 0
     config.checkpoint.every = 10
-    config.log.rollout_groups = -1
+    config.log.update(rollout_groups=-1, report=False)
     if arg == "files":
         config.data.update(tasks=(), levels=None, verifier="tests.e2e.verifiers:coin")
         config.verify = "split"
