@@ -5,12 +5,12 @@ python -m experiments.run --config=clipcov.py:smoke   # seconds
 """
 
 from configs import base
-from configs.common import call
+from configs.common import Config, call
 
 ARGS = base.ARGS
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> Config:
     config = base.get_config(arg)
     config.objective = call(
         "clip_cov.objective",

@@ -4,6 +4,8 @@ import typing
 
 import ml_collections
 
+Config = typing.Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
+
 
 def call(fn: str, **hyperparameters: typing.Any) -> ml_collections.ConfigDict:
     """A function of rl_reason.methods by name, with every hyperparameter it takes."""

@@ -7,12 +7,12 @@ The penalty vanishes where the ratio is 1, so it needs several updates a rollout
 """
 
 from configs import base
-from configs.common import call
+from configs.common import Config, call
 
 ARGS = base.ARGS
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> Config:
     config = base.get_config(arg)
     config.objective = call(
         "kl_cov.objective",

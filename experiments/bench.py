@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Measures, prints and writes; whatever the user can mend ends in a message that starts "error:"."""
     if argv[1:]:
         raise SystemExit(f"error: unexpected {argv[1]!r}; write --name=value.")
-    config: typing.Any = config_files.checked(config_files.CONFIG.value)
+    config = config_files.checked(config_files.CONFIG.value)
     logging.set_verbosity(logging.WARNING)
     config_files.prepare_host()
     if config.model.dtype == "float64":

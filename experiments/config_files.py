@@ -5,9 +5,10 @@ import os
 import pathlib
 import re
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
+
+from configs.common import Config
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 HELPERS = ("__init__.py", "common.py")
@@ -54,7 +55,7 @@ def name_of(argv: list[str]) -> str:
     return "run"
 
 
-def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+def checked(config: Config | None) -> Config:
     """The config, or an exit that lists what there is."""
     if config is None:
         raise SystemExit(f"error: say which experiment: --config=NAME.py. In configs/ there are: {', '.join(known())}")

@@ -5,7 +5,6 @@ One id for a printed character, one for each task's name with its space, one for
 ids of both are the ids of the text; nothing is ever tokenised twice.
 """
 
-import functools
 import hashlib
 import pathlib
 
@@ -37,6 +36,8 @@ class Tokenizer:
         self._byte_ids = tuple(self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         if self.unk_id in self._byte_ids:
             raise ValueError("the model lacks byte pieces; train it with byte_fallback")
+        # What each id writes: its character, its word, its byte, or nothing for specials.
+        self.piece_bytes = tuple(self._bytes_of(i) for i in range(self.vocab_size))
 
     @classmethod
     def load(cls, path: str | pathlib.Path = EMBEDDED) -> "Tokenizer":
@@ -75,11 +76,6 @@ class Tokenizer:
         """
         pieces = self.piece_bytes
         return b"".join(pieces[int(i)] for i in ids if 0 <= i < self.vocab_size).decode("utf-8", errors="replace")
-
-    @functools.cached_property
-    def piece_bytes(self) -> tuple[bytes, ...]:
-        """What each id writes: its character, its word, its byte, or nothing for specials."""
-        return tuple(self._bytes_of(i) for i in range(self.vocab_size))
 
     def _bytes_of(self, i: int) -> bytes:
         if self._model.is_control(i) or self._model.is_unknown(i):
