@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl_reason import rewards
+from rl_reason.checkpoint import Checkpoints, host_copy
 from rl_reason.loop.chunk import make_chunk, make_step
 from rl_reason.loop.engine import Fused, Split
 from rl_reason.loop.step import sample_phase
@@ -42,10 +44,16 @@ def with_slot(parts, name: str, fn, *wants: str):
 
 
 @functools.cache
-def fused(parts_key=(), steps: int = STEPS):
-    """(state, metrics, sampled) after ``steps`` fused steps with the verifier in graph."""
-    parts = parts_of(**dict(parts_key))
-    return Fused(parts, support.parity_verify).advance(loops.start(parts), loops.stacked(parts, steps), loops.LIVE)
+def engine_of(config: str = "clipcov", parts_key=()) -> Fused:
+    """The fused loop with the verifier in graph, compiled once for all tests that run it."""
+    return Fused(parts_of(config, **dict(parts_key)), support.parity_verify)
+
+
+@functools.cache
+def fused(config: str = "clipcov", parts_key=()):
+    """(state, metrics, sampled) after STEPS fused steps."""
+    parts = parts_of(config, **dict(parts_key))
+    return engine_of(config, parts_key).advance(loops.start(parts), loops.stacked(parts, STEPS), loops.LIVE)
 
 
 def assert_same_training(out, expected):
@@ -56,21 +64,48 @@ def assert_same_training(out, expected):
     assert np.any(expected.metrics["actor/grad_norm"] > 1e-4)
 
 
-@pytest.mark.parametrize("composition", ["split", "callback"])
-def test_compositions_train_the_same(composition):
+def others_slow(config: str, composition: str) -> typing.Any:
+    """Every config splits; asking from inside the program is the same program around another objective."""
+    slow = composition == "callback" and config != "clipcov"
+    return pytest.param(config, composition, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(
+    "config, composition", [others_slow(c, how) for c in support.config_names() for how in ("split", "callback")]
+)
+def test_compositions_train_the_same(config, composition):
     """Verdicts in graph, by callback from inside the program, and between two programs."""
-    parts, host = parts_of(), loops.HostVerdicts()
+    parts, host = parts_of(config), loops.HostVerdicts()
     if composition == "split":
         engine = Split(parts, host, loops.mesh_of(), overlap=False)
     else:
         ask = rewards.by_callback(host, loops.mesh_of(), group_size=parts.plan.group_size)
         engine = Fused(parts, ask)
     out = engine.advance(loops.start(parts), loops.stacked(parts, STEPS), loops.LIVE)
-    assert_same_training(out, fused())
-    for name, values in fused().metrics.items():
+    assert_same_training(out, fused(config))
+    for name, values in fused(config).metrics.items():
         np.testing.assert_allclose(out.metrics[name], values, rtol=0, atol=1e-9, err_msg=name)
     asked = np.concatenate(host.asked)
     assert len(asked) == STEPS * parts.plan.prompts_per_step * parts.plan.group_size
+
+
+@pytest.mark.parametrize("config", support.config_names())
+def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
+    """Bit for bit: parameters, optimizer, statistics, metrics and tokens of the steps after a checkpoint."""
+    parts, engine = parts_of(config), engine_of(config)
+    first, then = (loops.stacked(parts, STEPS, first=STEPS * k) for k in range(2))
+    state = engine.advance(loops.start(parts), first, loops.LIVE).state
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(STEPS, state, {})
+    expected = engine.advance(state, then, loops.LIVE)
+    restored = checkpoints.restore(STEPS, loops.start(parts, seed=1))
+    checkpoints.close()
+    out = engine.advance(restored, then, loops.LIVE)
+    state_of = lambda out: host_copy(out.state)
+    loops.assert_equal(
+        (state_of(out), out.metrics, out.sampled), (state_of(expected), expected.metrics, expected.sampled)
+    )
+    assert np.all(out.metrics["actor/grad_norm"] > 0)
 
 
 @pytest.mark.parametrize("config", ["clipcov", "klcov"])
@@ -155,7 +190,7 @@ def test_overlapped_is_one_step_stale_and_says_so():
     drift = [float(out.metrics["rollout_corr/abs_diff_mean"][0]) for out in outs]
     assert drift[0] < 1e-12  # nothing was learned yet
     assert min(drift[1:]) > 1e-6
-    live = fused((("minibatches", 1),))
+    live = fused(parts_key=(("minibatches", 1),))
     assert np.max(live.metrics["rollout_corr/abs_diff_max"]) < 1e-12
     np.testing.assert_array_equal(engine.pending[0].uid, loops.prompts_of(parts, STEPS).uid)  # what a checkpoint holds
 
