@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> Config:
 
     config.data = dict(
         tasks=("add", "sub", "dfa"),
-        levels=((2,), (2,), (1, 2)),  # one tuple a task; None: all. One-digit sums are too few to hold any out
+        levels=((2,), (2,), (1, 2)),  # one tuple a task, () for all. One-digit sums are too few to hold any out
         weights=config_dict.placeholder(tuple),
         files=(),
         heldout_files=(),

@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Mapping
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import config_files
 
@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise SystemExit(f"error: unexpected {argv[1]!r}; write --name=value.")
     config = config_files.checked(config_files.CONFIG.value)
-    logging.set_verbosity(logging.WARNING)
     config_files.prepare_host()
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"

@@ -1,11 +1,12 @@
 """--config=clipcov.py:arg from any working directory, and errors that name the cure."""
 
 import difflib
+import logging as logging_format
 import os
 import pathlib
 import re
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from configs.common import Config
@@ -63,9 +64,11 @@ def checked(config: Config | None) -> Config:
 
 
 def prepare_host() -> None:
-    """Before jax is imported: room for callbacks when a CPU plays several devices (jax 0.10 hangs without)."""
+    """Before jax is imported: plain warnings only, and room for callbacks when a CPU plays several devices."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its life story otherwise
+    logging.get_absl_handler().setFormatter(logging_format.Formatter("warning: %(message)s"))
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    if forced:
+    if forced:  # jax 0.10 hangs without
         os.environ.setdefault("NPROC", str(int(forced[1]) + (os.cpu_count() or 1)))
 
 

@@ -363,11 +363,11 @@ def interval(estimate: Mapping[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates, prints the table and writes the files; returns the exit status."""
     args = parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax tells its life story otherwise
     run = pathlib.Path(args.run)
     if not run.exists() and "/" not in args.run and (pathlib.Path("runs") / run).exists():
         run = pathlib.Path("runs") / run
     config_files.prepare_host()
+    logging.set_verbosity(logging.ERROR)  # Orbax also warns where all is well
     try:
         if load_config(run).get("model", {}).get("dtype") == "float64":
             os.environ["JAX_ENABLE_X64"] = "1"

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import config_files
 
@@ -29,7 +29,6 @@ def main(argv: list[str]) -> None:
             f"error: unexpected {argv[1]!r}; write --name=value, and --config=FILE.py for the experiment."
         )
     config = config_files.checked(config_files.CONFIG.value)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells its life story otherwise
     config_files.prepare_host()
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"

@@ -30,6 +30,11 @@ class LoadReport:
     also_heldout: int = 0  # train rows whose prompt is held out too
     first_bad: list[str] = dataclasses.field(default_factory=list)  # 'file:line: reason' of the first few
 
+    @property
+    def dropped(self) -> int:
+        """Rows that serve neither split."""
+        return self.bad + self.too_long + self.also_heldout
+
     def __str__(self) -> str:
         return (
             f"{self.kept} of {self.rows} rows kept; {self.other_split} are of the other split, {self.bad} malformed, "
@@ -91,8 +96,9 @@ class RowSource:
         self.num_examples: int | None = len(self._ids)
         self._routes = {name: route for route, name in enumerate(self.names)}
         self.fingerprint = digest("rows", index.content.hexdigest(), self._ids.tobytes(), seed, shuffle, reading.split)
-        if self.report.kept < self.report.rows:
-            logger.warning("%s: %s. %s", ", ".join((*files, *heldout_files)), self.report, self.report.first_bad)
+        if self.report.dropped:
+            where, why = ", ".join((*files, *heldout_files)), "".join(f"\n  {bad}" for bad in self.report.first_bad)
+            logger.warning("%s, %s rows: %s.%s", where, reading.split, self.report, why)
         if not self.num_examples:
             raise ValueError(
                 f"no {reading.split} rows: {self.report}. Give data.heldout_files, or set data.split_key=None to "

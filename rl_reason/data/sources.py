@@ -50,9 +50,11 @@ def make_source(
             raise ValueError(
                 f"data.{misplaced[0]} goes with data.files; tasks split by content and verify themselves."
             )
-        return TaskSource(tasks, seed=seed, split=split, levels=levels, weights=weights)
-    if levels is not None or weights is not None:
-        raise ValueError("data.levels and data.weights go with data.tasks; repeat a file in data.files to weigh it.")
+        return TaskSource(tasks, seed=seed, split=split, levels=levels or None, weights=weights)
+    if levels or weights:
+        raise ValueError(
+            "data.levels and data.weights go with data.tasks; set them to (), and repeat a file in data.files to weigh it."
+        )
     if verifier is None:
         raise ValueError(
             "data.files needs data.verifier: a reward function as 'module:compute_score', a task's name, "

@@ -88,7 +88,9 @@ def _levels(tasks: Sequence[Task], levels: Sequence[Sequence[int]] | None) -> li
     if levels is None:
         return [tuple(task.levels) for task in tasks]
     if len(levels) != len(tasks):
-        raise ValueError(f"data.levels has {len(levels)} entries for {len(tasks)} tasks; give each its own list.")
+        raise ValueError(
+            f"data.levels has {len(levels)} entries for {len(tasks)} tasks; give each its own list, or () for all levels."
+        )
     for task, chosen in zip(tasks, levels, strict=True):
         unknown = sorted(set(chosen) - set(task.levels))
         if unknown or not chosen:

@@ -106,6 +106,12 @@ def test_train_and_heldout_tasks_share_no_problem():
     assert split_of(make_source(tasks=["add"], seed=9, split="heldout").example(4).problem) == "heldout"
 
 
+def test_no_levels_are_all_levels():
+    every, none = (make_source(seed=0, tasks=["add"], levels=levels) for levels in (None, ()))
+    assert every.fingerprint == none.fingerprint
+    assert {none.example(uid).problem.level for uid in range(100)} == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -116,7 +122,7 @@ def test_train_and_heldout_tasks_share_no_problem():
         ({"tasks": ["json:dumps"]}, "lacks name, levels"),
         ({"tasks": ["add", "add"]}, "names a task twice"),
         ({"tasks": ["add"], "levels": [[99]]}, r"data.levels for add: \[99\]; it has \["),
-        ({"tasks": ["add"], "levels": []}, "0 entries for 1 tasks"),
+        ({"tasks": ["add"], "levels": [[1], [1]]}, "2 entries for 1 tasks.*or \\(\\) for all levels"),
         ({"tasks": ["add"], "weights": [-1]}, "finite weights"),
         ({"tasks": ["add"], "split": "test"}, "use one of train, heldout"),
         ({"tasks": ["add"], "verifier": SCORE}, "data.verifier goes with data.files"),
