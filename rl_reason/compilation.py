@@ -1,35 +1,35 @@
 """Listening to the compiler: how long it took, and whether it was called when it should not have been."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 
+LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # comes before compiling, and before reading a cache
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
-NOTABLE_S = 0.5  # a compilation shorter than this after the first step is not worth a warning
 
 
 class CompileClock:
-    """Seconds spent compiling, and a report of every compilation once ``steady`` was called."""
+    """Seconds spent compiling, and a report of every program that is compiled although it was to be there."""
 
     def __init__(self):
-        self.seconds, self.programs = 0.0, 0
-        self._on_late: Callable[[str], None] | None = None
+        self.seconds = 0.0
+        self._watched: Collection[str] = ()
+        self._on_late: Callable[[str], None] = lambda _: None
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def steady(self, on_late: Callable[[str], None] | None) -> None:
-        """From now on a compilation is a bug and is reported; None: it is expected again."""
-        self._on_late = on_late
+    def watch(self, programs: Collection[str], on_late: Callable[[str], None]) -> None:
+        """From now on compiling one of these jitted functions, by name, is a bug and is reported."""
+        self._watched, self._on_late = programs, on_late
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event != BACKEND_COMPILE:
-            return
-        self.seconds += duration_secs
-        self.programs += 1
-        if self._on_late is not None and duration_secs > NOTABLE_S:
+        if event == BACKEND_COMPILE:
+            self.seconds += duration_secs
+        name = str(kwargs.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+        if event == LOWERING and name in self._watched:
             self._on_late(
-                f"A program was compiled again after the first step ({duration_secs:.1f} s): some shape, dtype or sharding "
-                "changes between calls. Set JAX_LOG_COMPILES=1 to see which."
+                f"A program was compiled again after the first step ({name}): some shape, dtype or sharding changes "
+                "between calls. Set JAX_LOG_COMPILES=1 to see which."
             )
 
 

@@ -185,9 +185,9 @@ class Reinforcement:
                 phase.update(step, {name: x for name, x in rows[-1].items() if "/" in name})
                 if config.evaluation.every and step % config.evaluation.every == 0 and self.evaluator:
                     self._validate(state, step)
-                session.clock.steady(session.display.warn)
+                session.clock.watch(self.engine.programs, session.display.warn)
                 self._save_or_stop(state, step)
-        session.clock.steady(None)
+        session.clock.watch((), session.display.warn)
         if self.writer is not None:
             self.writer.close()
         return state
@@ -241,7 +241,6 @@ class Reinforcement:
 
     def _validate(self, state: TrainState, step: int) -> None:
         assert self.evaluator is not None
-        self.session.clock.steady(None)  # after a resume this compiles it
         answered = self.evaluator(state.params, self.experiment.sampling)
         if self.writer is not None:
             self.writer.append([{"step": step} | dict(evaluate.metrics(answered))])

@@ -34,6 +34,7 @@ class Advanced(typing.NamedTuple):
 class Fused:
     """K steps a call as one program, verdicts included."""
 
+    programs = ("chunk",)  # compiled by the first step, and then never again
     draws_ahead = False
     pending: PyTree = None
 
@@ -56,23 +57,27 @@ class Split:
     flight is ``pending``, part of what a checkpoint holds.
     """
 
+    programs = ("draw", "learn", "train")  # compiled by the first step, and then never again
+
     def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
         self._parts, self._verifier, self._mesh, self.draws_ahead = parts, verifier, mesh, overlap
         self._group_size = parts.plan.group_size
-        self._draw = jax.jit(lambda state, prompts, sampling: sample_phase(parts, state, prompts, sampling))
-        self._learn = jax.jit(
-            lambda state, prompts, rollout, verdicts, decode_steps, sampling: learn_phase(
-                parts, state, prompts, rollout, verdicts, decode_steps, sampling
-            ),
-            donate_argnums=0,
-        )
+
+        def draw(state, prompts, sampling):
+            return sample_phase(parts, state, prompts, sampling)
+
+        def learn(state, prompts, rollout, verdicts, decode_steps, sampling):
+            return learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)
+
+        def train(state, selected, sampling):
+            return train_phase(parts, state, selected, sampling)
+
+        self._draw = jax.jit(draw)
+        self._learn, self._train = jax.jit(learn, donate_argnums=0), jax.jit(train, donate_argnums=0)
         # For filters that sample in several rounds.
         self._judge = jax.jit(lambda state, *drawn: judge(parts, state, *drawn))
         self._merge = jax.jit(lambda so_far, new: merge(parts, so_far, new))
         self._count = jax.jit(lambda gathered: kept_groups(parts, gathered.selected))
-        self._train = jax.jit(
-            lambda state, selected, sampling: train_phase(parts, state, selected, sampling), donate_argnums=0
-        )
         self.pending: PyTree = None
 
     def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:

@@ -4,12 +4,13 @@ from tests.e2e import harness
 
 
 def test_another_shape_is_reported(tmp_path):
-    """With caches of its own: a program read from the cache is not compiled."""
-    flags = [harness.TINY, "--config.num_steps=6", "--config.checkpoint.every=0", f"--run={tmp_path / 'run'}"]
+    """Also where the second program is read from the cache."""
+    flags = [harness.TINY, "--config.num_steps=6", "--config.checkpoint.every=0"]
     env = harness.environment(RL_REASON_CACHE=str(tmp_path / "cache"))
-    output = harness.succeed(*flags, module="tests.e2e.shorter_second_chunk", env=env)
-    assert output.count("warning: A program was compiled again after the first step") == 1, output
-    assert "JAX_LOG_COMPILES=1" in output
+    for run in ("first", "second"):
+        output = harness.succeed(*flags, f"--run={tmp_path / run}", module="tests.e2e.shorter_second_chunk", env=env)
+        assert output.count("warning: A program was compiled again after the first step") == 1, output
+        assert "JAX_LOG_COMPILES=1" in output
 
 
 def test_ordinary_runs_report_none(tmp_path):
