@@ -19,6 +19,7 @@ import ml_collections
 from absl import logging
 
 from configs import base
+from configs.common import Config
 from experiments import config_files
 from rl_reason.report.rundir import RunError, flatten, load_config
 
@@ -27,7 +28,6 @@ if typing.TYPE_CHECKING:
     from rl_reason.evaluate import Answered, Setup
     from rl_reason.report.console import Display
 
-Config = typing.Any  # an ml_collections.ConfigDict
 DEFAULT_PROMPTS = 256  # of tasks; a file is read whole
 UNVERIFIED = "none:none"  # the verifier of rows that nobody judges; never called
 # Sections whose keys are a function's own hyperparameters, or that sampling does not read.

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from configs.common import Config
 from rl_reason import aggregation, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
@@ -25,7 +26,6 @@ from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
-Config = typing.Any  # an ml_collections.ConfigDict
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
