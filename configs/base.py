@@ -14,9 +14,9 @@ ARGS = ("", "smoke")
 
 def get_config(arg: str = "") -> Config:
     """The embedded default, or with ``arg`` "smoke" something that runs in seconds."""
-    if arg not in ARGS:
-        raise ValueError(f"no variant {arg!r}; there are: bare, {', '.join(a for a in ARGS if a)}.")
+    check_arg(arg, ARGS)
     config: Config = ml_collections.ConfigDict()
+    config.loop = "rl"  # or "supervised": maximum likelihood on the data's worked solutions
     config.seed = 0
     config.num_steps = 80
     config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
@@ -74,6 +74,8 @@ def get_config(arg: str = "") -> Config:
         weight_decay=0.0,
     )
 
+    config.supervised = dict(rows_per_step=32, row_len_tokens=168, direct_share=0.0)  # of the loop of that name
+
     config.rollout = dict(
         completion_len=24,  # tokens, EOS included
         num_slots=256,
@@ -94,6 +96,7 @@ def get_config(arg: str = "") -> Config:
         minibatches=2,
         epochs=1,
         microbatch_rows=0,
+        demonstrations=0,  # rows of a group that are worked solutions; the others are sampled
     )
 
     config.verify = "graph"  # "graph", "callback", "split" or "overlapped"
@@ -135,6 +138,16 @@ def get_config(arg: str = "") -> Config:
     return config
 
 
+def check_arg(arg: str, known: tuple[str, ...]) -> None:
+    """Refuses variants that a config does not have.
+
+    Raises:
+        ValueError: with those it has.
+    """
+    if arg not in known:
+        raise ValueError(f"no variant {arg!r}; there are: bare, {', '.join(a for a in known if a)}.")
+
+
 def smoke(config: Config) -> None:
     """Shrinks a config until it runs in seconds; methods call it last, so their own values survive."""
     config.num_steps = 4
@@ -143,5 +156,6 @@ def smoke(config: Config) -> None:
     config.warmup.update(num_steps=4, steps_per_call=2, batch_size=16, lr_warmup_steps=1)
     config.rollout.update(completion_len=24, num_slots=16)
     config.batch.update(prompts_per_step=8, group_size=4, train_group_size=4, generated_prompts=8)
+    config.supervised.update(rows_per_step=4, row_len_tokens=96)
     config.evaluation.update(num_prompts=16, num_samples=2, num_slots=16)
     config.checkpoint.update(every=2)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 from rl_reason.masked import masked_mean, masked_sum
 
 HOW = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum")
-OVER = ("completion", "positive", "negative", "on_policy", "off_policy")
+OVER = ("completion", "positive", "negative", "on_policy", "off_policy", "reference")
 
 
 def token_set(
@@ -14,8 +14,12 @@ def token_set(
     completion_mask: Bool[Array, "N T"],
     rewards: Float[Array, " N"],
     off_policy: Bool[Array, " N"],
+    reference_mask: Bool[Array, "N T"] | None = None,
 ) -> Bool[Array, "N T"]:
-    """The completion tokens a term counts: all, or those of rows with rewards > 0 / <= 0, or of one kind of policy."""
+    """The completion tokens a term counts: all, those of rows with rewards > 0 / <= 0 or of one kind of policy, or those
+    of references that the reward slot put into rows (none, when it put none)."""
+    if over == "reference":
+        return jnp.zeros_like(completion_mask) if reference_mask is None else completion_mask & reference_mask
     rows = {
         "completion": jnp.ones_like(off_policy),
         "positive": rewards > 0,

@@ -27,6 +27,7 @@ class BatchPlan:
     minibatches: int  # optimizer updates an epoch
     epochs: int
     microbatch_rows: int  # rows of one forward and backward; 0 is a whole minibatch
+    demonstrations: int = 0  # rows of a group that are worked solutions; the others are sampled
     row_shards: int = 1
 
     @property
@@ -35,12 +36,23 @@ class BatchPlan:
         return self.prompts_per_step * self.train_group_size
 
     @property
+    def num_samples(self) -> int:
+        """Rows of a group that the policy draws."""
+        return self.group_size - self.demonstrations
+
+    @property
     def minibatch_rows(self) -> int:
         return self.rows // self.minibatches
 
     @property
     def microbatches(self) -> int:
         return self.minibatch_rows // (self.microbatch_rows or self.minibatch_rows)
+
+    def pieces_of(self, rows: int) -> int:
+        """Into how many equal pieces to cut rows so that none has more than a microbatch."""
+        most = self.minibatch_rows // self.microbatches
+        fits = lambda pieces: rows % pieces == 0 and rows // pieces % self.row_shards == 0
+        return next((n for n in range(-(-rows // most), rows + 1) if fits(n)), 1)
 
     @property
     def updates_per_step(self) -> int:
@@ -55,7 +67,7 @@ class BatchPlan:
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < (0 if field.name == "microbatch_rows" else 1):
+            if value < (0 if field.name in ("microbatch_rows", "demonstrations") else 1):
                 problems.append(f"{field.name}={value} is too small")
         if not problems:
             problems = list(self._misfits())
@@ -77,6 +89,8 @@ class BatchPlan:
             yield f"microbatch_rows={self.microbatch_rows} over {self.row_shards} row shards (mesh data x fsdp)"
         if self.train_group_size > self.group_size:
             yield f"train_group_size={self.train_group_size} is more than group_size={self.group_size}"
+        if self.demonstrations >= self.group_size:
+            yield f"demonstrations={self.demonstrations} leave no sample in a group_size of {self.group_size}"
         if self.generated_prompts % self.row_shards:
             yield f"generated_prompts={self.generated_prompts} over {self.row_shards} row shards (mesh data x fsdp)"
         if self.prompts_drawn < self.prompts_per_step:

@@ -26,6 +26,7 @@ from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
+LOOPS = ("rl", "supervised")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
@@ -71,7 +72,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
             raise ValueError("config.verify='graph' needs tasks; use 'callback', 'split' or 'overlapped' with files.")
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
-    rollout = rollout_config(config, tokenizer, mesh, config.batch.group_size, config.rollout.num_slots)
+    rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.max_rounds > 1:
         raise ValueError(
@@ -96,6 +97,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         regularisers=config.regularisers.to_dict(),
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
+        tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
     w = config.warmup
@@ -113,6 +115,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
 
 
 def _check_run(config: Config) -> None:
+    if config.loop not in LOOPS:
+        raise ValueError(f"config.loop={config.loop!r}; there are {', '.join(LOOPS)}.")
     if config.verify not in VERIFY:
         raise ValueError(f"config.verify={config.verify!r}; there are {', '.join(VERIFY)}.")
     if config.objective_scope not in ("minibatch", "microbatch"):
@@ -220,15 +224,22 @@ def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTran
 
 def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
     """A state at step 0 around given parameters."""
-    zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=zero,
+        step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=parts.optimizer.init(params),
         key=jax.random.key(seed),
         ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
-        stats={name: jnp.copy(zero) for name in ("skipped_updates", "skipped_in_a_row", "updates")},
+        stats=_stats(parts),
     )
+
+
+def _stats(parts: Parts) -> dict[str, typing.Any]:
+    """Counters of updates, and what slots keep between steps."""
+    stats = {name: jnp.zeros((), jnp.int32) for name in ("skipped_updates", "skipped_in_a_row", "updates")}
+    for slot in parts.slots.values():
+        stats |= slot.initial_stats() if slot is not None else {}
+    return stats
 
 
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:

@@ -1,7 +1,8 @@
 """Turns ``call("clip_cov.objective", ...)`` of a config into a bound function that is given what it asks for by name.
 
 Positional parameters name arrays that the loop offers; asking is the switch. Keyword-only parameters are hyperparameters:
-none has a default in code, and the config supplies exactly those.
+none has a default in code, and the config supplies exactly those. A function ``f`` with running statistics has a neighbour
+``f_stats()`` that makes them.
 """
 
 import difflib
@@ -9,16 +10,18 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable, Mapping
 
 import rl_reason.methods
 
 _ADVANTAGES = "rewards correct valid keep off_policy completion_mask old_logprobs ref_logprobs token_rewards"
-_OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask rewards correct
-success_rate off_policy key"""
+_OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask reference_mask
+token_scores rewards correct success_rate off_policy key"""
+_REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs"
 _NAMES = {
-    "reward": "score valid rollout prompts params ref_params models stats key",
+    "reward": _REWARD,
     "selection": "rewards correct valid stats step key",
     "advantages": _ADVANTAGES,
     "correction": "old_logprobs rollout_logprobs off_policy completion_mask",
@@ -29,10 +32,11 @@ OPTIONAL = frozenset({"selection", "correction"})  # slots that a config may lea
 
 
 class Slot(typing.NamedTuple):
-    """A function with its hyperparameters bound, and the names of the arrays it wants."""
+    """A function with its hyperparameters bound, the names of the arrays it wants, and what makes its statistics."""
 
     fn: Callable
     wants: frozenset[str]
+    initial_stats: Callable[[], dict] = dict  # running statistics at step 0, for ``TrainState.stats``
 
     def __call__(self, offered: Mapping[str, typing.Any]):
         return self.fn(**{name: offered[name] for name in self.wants})
@@ -85,7 +89,9 @@ def resolve(slot: str, cfg: Mapping[str, typing.Any]) -> Slot:
             f"{cfg['fn']} asks for {foreign}; the {slot} slot offers {sorted(OFFERED[slot])}. "
             "Make hyperparameters keyword-only."
         )
-    return Slot(functools.partial(fn, **given), wants)
+    return Slot(
+        functools.partial(fn, **given), wants, getattr(sys.modules[fn.__module__], f"{fn.__name__}_stats", dict)
+    )
 
 
 def resolve_all(config: Mapping[str, typing.Any]) -> dict[str, Slot | None]:

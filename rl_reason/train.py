@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-import typing
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, evaluate, processes, rewards, warmup
+from rl_reason import build, evaluate, processes, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
-from rl_reason.data.stream import prompt_stream
+from rl_reason.drivers.base import Driver
+from rl_reason.drivers.reinforcement import Reinforcement
+from rl_reason.drivers.supervised import Supervised
 from rl_reason.interrupts import Interrupts
-from rl_reason.loop.engine import Advanced, Engine, Fused, Split
-from rl_reason.loop.step import Sampled
+from rl_reason.loop.engine import Advanced
 from rl_reason.report.closing import print_summary
 from rl_reason.report.console import Display
 from rl_reason.report.files import to_json, write_atomic
@@ -24,7 +23,6 @@ from rl_reason.report.metrics import MetricsWriter
 from rl_reason.report.rollouts import RolloutWriter
 from rl_reason.report.rundir import RunDir
 from rl_reason.report.summary import Answer, Summary, Transcript, summarise
-from rl_reason.types import Prompts, TrainState
 from rl_reason.verifier_pool import VerifierPool
 
 
@@ -78,10 +76,11 @@ def train(session: Session) -> Summary | None:
         else:
             params = build.init_params(experiment)  # only a template: the checkpoint fills it
             before = _read_before(session)
-        state = build.init_state(experiment, experiment.parts, params)
+        driver = make_driver(session)
+        state = driver.initial_state(params)
         del params
-        state = Reinforcement(session, checkpoints, evaluator).run(state, saved)
-        after = _evaluate(session, evaluator, state.params, "after")
+        state = Training(session, driver, checkpoints, evaluator).run(state, saved)
+        after = _evaluate(session, evaluator, driver.policy(state), "after")
     checkpoints.close()
     return _finish(session, before, after) if processes.is_first() else None
 
@@ -148,79 +147,55 @@ def _read_before(session: Session) -> list[evaluate.Answered]:
     return [evaluate.from_record(r, session.experiment.heldout, i) for i, r in enumerate(record["answers"])]
 
 
-class Reinforcement:
-    """The RL phase: chunks of steps, their records, and checkpoints that agree with the records."""
+class Training:
+    """The phase that the config is about: chunks of a loop, their records, and checkpoints that agree with the records."""
 
-    def __init__(self, session: Session, checkpoints: Checkpoints, evaluator: evaluate.Evaluator | None):
-        self.session, self.checkpoints, self.evaluator = session, checkpoints, evaluator
+    def __init__(
+        self, session: Session, driver: Driver, checkpoints: Checkpoints, evaluator: evaluate.Evaluator | None
+    ):
+        self.session, self.driver, self.checkpoints, self.evaluator = session, driver, checkpoints, evaluator
         self.experiment = session.experiment
-        config, plan = self.experiment.config, self.experiment.parts.plan
-        self.host_verifier = rewards.HostVerifier(self.experiment.train, self.experiment.tokenizer, session.pool)
-        self.engine: Engine = make_engine(self.experiment, self.host_verifier)
-        self.rows = build.rows_sharding(self.experiment.mesh)
-        self.stream = prompt_stream(
-            self.experiment.train,
-            self.experiment.tokenizer,
-            batch_size=plan.prompts_drawn,
-            prompt_len=config.data.max_prompt_len_tokens,
-            reference_len=config.data.max_reference_len_tokens if config.verify == "graph" else None,
-            rows=processes.local_rows(self.rows, plan.prompts_drawn),
-        )
         self.writer = self.rollouts = None
         if processes.is_first():
             self.writer, self.rollouts = MetricsWriter(session.run.path), RolloutWriter(session.run.rollouts)
 
-    def run(self, state: TrainState, saved: int | None) -> TrainState:
+    def run(self, state: PyTree, saved: int | None) -> PyTree:
         """From step 0 or a checkpoint to the config's last step."""
         config, session = self.experiment.config, self.session
-        sampling = self.experiment.sampling
-        state = self._start(state, saved)
-        step = int(state.step)
-        with session.display.phase("rl", config.num_steps, start=step) as phase:
+        state, step = self._start(state, saved), saved or 0
+        with session.display.phase(self.driver.phase, config.num_steps, start=step) as phase:
             while step < config.num_steps:
-                prompts = self._next_prompts(config.steps_per_call)
-                out = self.engine.advance(state, prompts, sampling)
+                out = self.driver.advance(state)
                 state, step = out.state, step + config.steps_per_call
                 rows = self._record(out, step)
                 phase.update(step, {name: x for name, x in rows[-1].items() if "/" in name})
                 if config.evaluation.every and step % config.evaluation.every == 0 and self.evaluator:
                     self._validate(state, step)
-                session.clock.watch(self.engine.programs, session.display.warn)
+                session.clock.watch(self.driver.programs, session.display.warn)
                 self._save_or_stop(state, step)
         session.clock.watch((), session.display.warn)
         if self.writer is not None:
             self.writer.close()
         return state
 
-    def _start(self, state: TrainState, saved: int | None) -> TrainState:
+    def _start(self, state: PyTree, saved: int | None) -> PyTree:
         if saved is None:
             if self.session.run.resumed and self.writer is not None and self.rollouts is not None:
                 self.writer.truncate(rows=0)  # killed before its first checkpoint: everything is done again
                 self.rollouts.truncate(0)
-            if isinstance(self.engine, Split) and self.engine.draws_ahead:
-                self.engine.prime(state, self._to_device(next(self.stream)), self.experiment.sampling)
+            self.driver.prime(state)
             return state
         extra = self.checkpoints.extra(saved)
-        self.stream.set_state(extra["stream"])
-        if isinstance(self.engine, Split) and self.engine.draws_ahead:
-            # Gives the shapes of a rollout in flight; the checkpoint fills them.
-            template = self._to_device(next(iter_from(self.stream, extra["stream"])))
-            self.engine.prime(state, template, self.experiment.sampling)
-        state, self.engine.pending = self.checkpoints.restore(saved, (state, self.engine.pending))
+        self.driver.seek(extra["stream"])
+        self.driver.prime(state)
+        self.driver.seek(extra["stream"])
+        state, self.driver.pending = self.checkpoints.restore(saved, (state, self.driver.pending))
         self.session.earlier_seconds = extra["wall_seconds"]
         if self.writer is not None and self.rollouts is not None:
             self.writer.truncate(rows=extra["metric_rows"])
             self.rollouts.truncate(saved)
         self.session.display.info(f"resumed at step {saved} of {self.experiment.config.num_steps}")
         return state
-
-    def _next_prompts(self, count: int) -> Prompts:
-        drawn = [next(self.stream) for _ in range(count)]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
-        return processes.to_global(stacked, build.rows_sharding(self.experiment.mesh, leading=1))
-
-    def _to_device(self, prompts: Prompts) -> Prompts:
-        return processes.to_global(prompts, self.rows)
 
     def _record(self, out: Advanced, step: int) -> list[dict[str, float]]:
         count = len(out.metrics["training/global_step"])
@@ -233,32 +208,32 @@ class Reinforcement:
         if self.writer is not None and self.rollouts is not None:
             self.writer.append(rows)
             for k in range(count):
-                sampled = jax.tree.map(lambda x, k=k: x[k], out.sampled)
-                self.rollouts.write(rows[k]["step"], rollout_records(self.experiment, sampled))
-        if rows[-1]["reward/error_fraction"] > 0 and self.host_verifier.last_error:
-            self.session.display.warn(f"a verifier failed: {self.host_verifier.last_error}")
+                if records := list(self.driver.records(out, k)):
+                    self.rollouts.write(rows[k]["step"], records)
+        if complaint := self.driver.complaint(rows[-1]):
+            self.session.display.warn(complaint)
         return rows
 
-    def _validate(self, state: TrainState, step: int) -> None:
+    def _validate(self, state: PyTree, step: int) -> None:
         assert self.evaluator is not None
-        answered = self.evaluator(state.params, self.experiment.sampling)
+        answered = self.evaluator(self.driver.policy(state), self.experiment.sampling)
         if self.writer is not None:
             self.writer.append([{"step": step} | dict(evaluate.metrics(answered))])
 
-    def _save_or_stop(self, state: TrainState, step: int) -> None:
+    def _save_or_stop(self, state: PyTree, step: int) -> None:
         config = self.experiment.config
         signalled = self.session.interrupts.requested
         stop = processes.any_process(bool(signalled))
-        skipped = int(state.stats["skipped_in_a_row"])
+        skipped = self.driver.skipped_in_a_row(state)
         broken = skipped >= config.optimizer.max_skipped_in_a_row
         every = config.checkpoint.every
         if not (stop or broken or step == config.num_steps or (every and step % every == 0)):
             return
         metric_rows = self.writer.sync() if self.writer is not None else 0
         extra = dict(
-            stream=self.stream.get_state(), metric_rows=metric_rows, wall_seconds=self.session.wall_seconds, step=step
+            stream=self.driver.position(), metric_rows=metric_rows, wall_seconds=self.session.wall_seconds, step=step
         )
-        self.checkpoints.save(step, (state, self.engine.pending), extra)
+        self.checkpoints.save(step, (state, self.driver.pending), extra)
         again = f"go on with --run={self.session.run.path} --resume"
         if broken:
             raise StoppedError(
@@ -270,52 +245,11 @@ class Reinforcement:
             raise StoppedError(f"stopped at step {step} of {config.num_steps}, saved; {again}.")
 
 
-def iter_from(stream, state):
-    """A second look at the stream's next batch, leaving the stream where it was."""
-    batch = next(stream)
-    stream.set_state(state)
-    return iter([batch])
-
-
-def make_engine(experiment: build.Experiment, host_verifier: rewards.HostVerifier) -> Engine:
-    """The composition that ``config.verify`` names."""
-    parts, plan, mode = experiment.parts, experiment.parts.plan, experiment.config.verify
-    if mode == "graph":
-        verify = rewards.in_graph(
-            experiment.train.names,
-            experiment.tokenizer,
-            group_size=plan.group_size,
-            completion_len=parts.rollout.completion_len,
-        )
-        return Fused(parts, verify)
-    if mode == "callback":
-        width = experiment.config.data.max_prompt_len_tokens + parts.rollout.completion_len
-        rewards.check_callback_threads(plan.generated_prompts * plan.group_size * width * 5, experiment.mesh)
-        return Fused(parts, rewards.by_callback(host_verifier, experiment.mesh, group_size=plan.group_size))
-    return Split(parts, host_verifier, experiment.mesh, overlap=mode == "overlapped")
-
-
-def rollout_records(experiment: build.Experiment, sampled: Sampled) -> Iterator[dict[str, typing.Any]]:
-    """verl's rollout fields, from a step's samples."""
-    group_size = experiment.parts.plan.group_size
-    for row in range(len(sampled.uid)):
-        uid = int(sampled.uid[row])
-        example = experiment.train.example(uid)
-        mask = sampled.completion_mask[row]
-        ids = sampled.tokens[row][mask]
-        yield {
-            "input": example.prompt,
-            "output": experiment.tokenizer.decode(ids),
-            "gts": example.reference,
-            "score": float(sampled.reward[row]) if sampled.valid[row] else None,
-            "correct": bool(sampled.correct[row]),
-            "data_source": example.source,
-            "group_id": uid,
-            "sample_id": row % group_size,
-            "finish_reason": "length" if sampled.truncated[row] else "stop",
-            "token_ids": [int(i) for i in ids],
-            "logprobs": [float(x) for x in sampled.rollout_logprobs[row][mask]],
-        }
+def make_driver(session: Session) -> Driver:
+    """The driver of the loop that ``config.loop`` names."""
+    if session.experiment.config.loop == "supervised":
+        return Supervised(session.experiment)
+    return Reinforcement(session.experiment, session.pool)
 
 
 def _finish(session: Session, before: list[evaluate.Answered], after: list[evaluate.Answered]) -> Summary:

@@ -71,10 +71,14 @@ class Rollout:
 
 @struct
 class Verdicts:
-    """What verifiers said of each row: a score in [0, 1], and whether they could say anything at all."""
+    """What verifiers said of each row: a score in [0, 1], and whether they could say anything at all.
+
+    ``answers`` are for votes: rows of one prompt whose answers are the same have the same number, -1 is no answer.
+    """
 
     score: Float[Array, " N"]
     valid: Bool[Array, " N"]
+    answers: Int[Array, " N"] | None = None
 
 
 @struct

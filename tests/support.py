@@ -24,14 +24,17 @@ VOCAB, PAD, EOS = 13, 0, 2
 PROMPT_WIDTH, COMPLETION_LEN = 5, 6
 
 
-def config_names() -> list[str]:
-    """Every experiment in configs/, found rather than listed."""
-    return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+def config_names(loop: str | None = None) -> list[str]:
+    """Every experiment in configs/, found rather than listed; or those of one kind of loop."""
+    names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+    return [name for name in names if loop is None or load_config(name).loop == loop]
 
 
 def configs_whose_objective(*, asks: Sequence[str] = (), does_not_ask: Sequence[str] = ()) -> list[str]:
     """Those whose objective slot asks for all of ``asks`` and none of ``does_not_ask``."""
-    wants = {name: slots.resolve("objective", load_config(name).objective.to_dict()).wants for name in config_names()}
+    wants = {
+        name: slots.resolve("objective", load_config(name).objective.to_dict()).wants for name in config_names("rl")
+    }
     return [name for name, names in wants.items() if names.issuperset(asks) and names.isdisjoint(does_not_ask)]
 
 
@@ -89,13 +92,22 @@ def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 2.0):
 
 
 def tiny_prompts(batch: int = 4, seed: int = 0, width: int = PROMPT_WIDTH, vocab: int = VOCAB) -> Prompts:
-    """Random prompts of 1 to ``width`` tokens that hold neither padding nor EOS; uid = row."""
+    """Random prompts of 1 to ``width`` tokens that hold neither padding nor EOS, with a demonstration of up to three
+    tokens and EOS, and a reference of two; uid = row."""
     rng = np.random.default_rng(seed)
     length = rng.integers(1, width + 1, batch)
     tokens = np.where(np.arange(width) < length[:, None], rng.integers(EOS + 1, vocab, (batch, width)), PAD)
     index = jnp.arange(batch, dtype=jnp.int32)
+    shown = np.where(np.arange(4) < rng.integers(1, 4, (batch, 1)), rng.integers(EOS + 1, vocab, (batch, 4)), EOS)
+    shown[:, 1:] *= shown[:, :-1] != EOS  # padding after the first EOS
     return Prompts(
-        tokens=jnp.asarray(tokens, jnp.int32), prompt_len=jnp.asarray(length, jnp.int32), example_id=index, uid=index
+        tokens=jnp.asarray(tokens, jnp.int32),
+        prompt_len=jnp.asarray(length, jnp.int32),
+        example_id=index,
+        uid=index,
+        route=jnp.zeros_like(index),
+        reference=jnp.asarray(rng.integers(EOS + 1, vocab, (batch, 2)), jnp.int32),
+        demonstration=jnp.asarray(shown, jnp.int32),
     )
 
 
@@ -130,7 +142,7 @@ def tiny_parts(
         prompts_per_step=4, group_size=2, train_group_size=2, generated_prompts=4, max_rounds=1, microbatch_rows=0
     )
     plan = BatchPlan(**sizes | plan)
-    shapes = dict(group_size=plan.group_size, num_shards=plan.row_shards)
+    shapes = dict(group_size=plan.num_samples, num_shards=plan.row_shards)
     return dataclasses.replace(
         parts,
         model=tiny_model(**model or {}),

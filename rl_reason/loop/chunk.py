@@ -51,12 +51,13 @@ def judge(
     rollout: Rollout,
     verdicts: Verdicts,
     decode_steps: Int[Array, ""],
+    sampling: Sampling,
 ) -> Round:
     """Rewards, selection and metrics of one round."""
-    rewards, rollout = reward_phase(parts, state, prompts, rollout, verdicts)
+    rewards, trained = reward_phase(parts, state, prompts, rollout, verdicts, sampling)
     metrics = rollout_metrics(parts, rollout, rewards, decode_steps)
     metrics["train/num_gen_batches"] = jnp.ones((), metrics["response_length/mean"].dtype)
-    selected = choose_rows(parts, state, rollout, rewards)
+    selected = choose_rows(parts, state, trained, rewards)
     return Round(selected, metrics, sampled_rows(parts, prompts, rollout, rewards))
 
 
@@ -94,7 +95,7 @@ def _in_rounds(parts: Parts, verify: Verify, state: TrainState, prompts: Prompts
     def one(state: TrainState, index: Int[Array, ""]) -> Round:
         drawn = jax.tree.map(lambda x: x[index], rounds)
         rollout, decode_steps = sample_phase(parts, state, drawn, sampling)
-        return judge(parts, state, drawn, rollout, verify(rollout, drawn), decode_steps)
+        return judge(parts, state, drawn, rollout, verify(rollout, drawn), decode_steps, sampling)
 
     start = nothing_yet(parts, jax.eval_shape(one, state, jnp.int32(0)))
     start = start._replace(selected=start.selected._replace(stats=state.stats))

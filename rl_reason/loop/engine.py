@@ -27,7 +27,7 @@ class Advanced(typing.NamedTuple):
 
     state: TrainState
     metrics: dict[str, np.ndarray]
-    sampled: Sampled
+    sampled: Sampled | None  # None where nothing is sampled
     timing: dict[str, float]
 
 
@@ -125,7 +125,7 @@ class Split:
             clock.mark("gen")
             verdicts = self._score(drawn, rollout)
             clock.mark("reward")
-            new = self._judge(current, drawn, rollout, verdicts, decode_steps)
+            new = self._judge(current, drawn, rollout, verdicts, decode_steps, sampling)
             if gathered is None:
                 empty = nothing_yet(self._parts, new)
                 gathered = empty._replace(selected=empty.selected._replace(stats=stats))

@@ -26,6 +26,7 @@ class Parts:
     regularisers: Mapping[str, Mapping[str, typing.Any] | None]
     router_coefs: Mapping[str, float]
     objective_scope: str  # "minibatch", or "microbatch" for parity with the authors' forks
+    tokenizer: typing.Any  # for rewards that read what tokens spell
     log_groups: int  # groups of each step whose rollouts are handed out; -1 is all
 
     def wants(self, name: str) -> bool:

@@ -9,17 +9,13 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import merge_strided, split_strided
+from rl_reason.loop.demonstrations import demonstration_rows, join_groups
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.update import (
-    Minibatch,
-    apply_gradient,
-    loss_and_gradient,
-    score_rows,
-)
+from rl_reason.loop.update import Minibatch, ScoredRows, apply_gradient, loss_and_gradient, score_rows
 from rl_reason.masked import masked_mean
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import constrain_rows
@@ -41,26 +37,39 @@ class Sampled:
     reward: Float[Array, " n"]
     correct: Float[Array, " n"]
     valid: Bool[Array, " n"]
+    off_policy: Bool[Array, " n"]
 
 
 def sample_phase(
     parts: Parts, state: TrainState, prompts: Prompts, sampling: Sampling
 ) -> tuple[Rollout, Int[Array, ""]]:
-    """Draws the completions of a step. Their randomness is their prompts' ``uid``s, so the step plays no part in it."""
+    """Draws the completions of a step, and joins demonstrations to their groups where the plan has any.
+
+    Their randomness is their prompts' ``uid``s, so the step plays no part in it.
+    """
     key = jax.random.fold_in(state.key, ROLLOUT)
-    return rollout_lib.generate(state.params, prompts, key, sampling, parts.model, parts.rollout)
+    rollout, decode_steps = rollout_lib.generate(state.params, prompts, key, sampling, parts.model, parts.rollout)
+    if copies := parts.plan.demonstrations:
+        rollout = join_groups(rollout, demonstration_rows(prompts, copies, parts.rollout), parts.plan)
+    return rollout, decode_steps
 
 
 def reward_phase(
-    parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout, verdicts: Verdicts
+    parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout, verdicts: Verdicts, sampling: Sampling
 ) -> tuple[Rewards, Rollout]:
     """The reward slot; rows whose verifier failed stay invalid whatever it says."""
     reward = parts.slots["reward"]
     assert reward is not None
+
+    def score_logprobs(params: PyTree, rollout: Rollout) -> Float[Array, "N T"]:
+        rows = dict(tokens=rollout.tokens, prompt_len=rollout.prompt_len, row_mask=rollout.completion_mask)
+        return _score_in_pieces(parts, params, ScoredRows(**rows), sampling.temperature)
+
     out = reward(
         dict(
             score=verdicts.score,
             valid=verdicts.valid,
+            answers=verdicts.answers,
             rollout=rollout,
             prompts=prompts,
             params=state.params,
@@ -68,6 +77,8 @@ def reward_phase(
             models=state.models,
             stats=state.stats,
             key=_step_key(state, REWARD),
+            tokenizer=parts.tokenizer,
+            score_logprobs=score_logprobs,
         )
     )
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
@@ -187,13 +198,14 @@ def _training_rows(
         off_policy=rollout.off_policy,
         old_logprobs=None,
         ref_logprobs=None,
+        reference_mask=None if rollout.reference_mask is None else rollout.reference_mask & mask,
     )
     early = any(s is not None and "old_logprobs" in s.wants for s in (parts.slots["advantages"],))
     old = ref = None
     if plan.updates_per_step > 1 or early:
-        old = _score_in_pieces(parts, state.params, rows, sampling)
+        old = _score_in_pieces(parts, state.params, rows, sampling.temperature)
     if parts.wants("ref_logprobs"):
-        ref = _score_in_pieces(parts, state.ref_params, rows, sampling)
+        ref = _score_in_pieces(parts, state.ref_params, rows, sampling.temperature)
     advantages_slot = parts.slots["advantages"]
     assert advantages_slot is not None
     advantages = advantages_slot(
@@ -216,14 +228,17 @@ def _training_rows(
     return dataclasses.replace(rows, advantages=advantages, old_logprobs=old, ref_logprobs=ref), metrics
 
 
-def _score_in_pieces(parts: Parts, params, rows: Minibatch, sampling: Sampling) -> Float[Array, "N T"]:
+def _score_in_pieces(
+    parts: Parts, params: PyTree, rows: Minibatch | ScoredRows, temperature: Float[Array, ""]
+) -> Float[Array, "N T"]:
     """Log-probabilities of all rows, no more of them at a time than a microbatch holds."""
-    pieces = parts.plan.minibatches * parts.plan.microbatches
+    rows = ScoredRows(tokens=rows.tokens, prompt_len=rows.prompt_len, row_mask=rows.row_mask)
+    pieces = parts.plan.pieces_of(rows.tokens.shape[0])
     if pieces == 1:
-        return score_rows(parts, params, rows, sampling.temperature).logprobs
+        return score_rows(parts, params, rows, temperature).logprobs
     micro = split_strided(rows, pieces)
     _, logprobs = jax.lax.scan(
-        lambda _, piece: (None, score_rows(parts, params, piece, sampling.temperature).logprobs), None, micro
+        lambda _, piece: (None, score_rows(parts, params, piece, temperature).logprobs), None, micro
     )
     return merge_strided(logprobs)
 
@@ -238,11 +253,15 @@ def _advantage_metrics(advantages: Float[Array, "N T"], mask: Bool[Array, "N T"]
 
 
 def rollout_metrics(parts: Parts, rollout: Rollout, rewards: Rewards, decode_steps: Int[Array, ""]) -> Metrics:
-    """What the samples of a step were like, before any selection."""
+    """What the samples of a step were like, before any selection; demonstrations are no samples."""
+    plan = parts.plan
+    by_group = rewards.total.reshape(-1, plan.group_size)
+    spread = by_group.max(1) - by_group.min(1)
+    if plan.demonstrations:
+        drawn = lambda x: x.reshape(-1, plan.group_size, *x.shape[1:])[:, : plan.num_samples].reshape(-1, *x.shape[1:])
+        rollout, rewards = jax.tree.map(drawn, (rollout, rewards))
     length = rollout.completion_mask.sum(1).astype(rewards.total.dtype)
     valid = rewards.valid
-    by_group = rewards.total.reshape(-1, parts.plan.group_size)
-    spread = by_group.max(1) - by_group.min(1)
     as_float = lambda x: x.astype(length.dtype)
     return {
         "critic/score/mean": masked_mean(rewards.correct, valid),
@@ -274,6 +293,7 @@ def sampled_rows(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewa
         reward=rewards.total,
         correct=rewards.correct,
         valid=rewards.valid,
+        off_policy=rollout.off_policy,
     )
     return jax.tree.map(lambda x: x[:rows], whole)
 
@@ -288,7 +308,7 @@ def learn_phase(
     sampling: Sampling,
 ) -> tuple[TrainState, Metrics, Sampled]:
     """Everything after the verdicts: rewards, selection, advantages, updates, metrics."""
-    rewards, rollout = reward_phase(parts, state, prompts, rollout, verdicts)
+    rewards, trained = reward_phase(parts, state, prompts, rollout, verdicts, sampling)
     metrics = rollout_metrics(parts, rollout, rewards, decode_steps)
-    state, measured, _ = update_phase(parts, state, rollout, rewards, sampling)
+    state, measured, _ = update_phase(parts, state, trained, rewards, sampling)
     return state, metrics | measured, sampled_rows(parts, prompts, rollout, rewards)

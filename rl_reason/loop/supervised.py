@@ -1,4 +1,4 @@
-"""Maximum likelihood on demonstrations: the warm-up before RL."""
+"""Maximum likelihood on demonstrations: the warm-up before RL, and a run of its own on packed rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from rl_reason.loop.parts import Parts
 from rl_reason.loop.update import apply_gradient
 from rl_reason.masked import masked_mean
 from rl_reason.models import transformer
+from rl_reason.models.attention import causal_attention, packed_attention
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.types import Metrics, TrainState, struct
 
@@ -22,6 +23,7 @@ class Demonstrations:
 
     tokens: Int[Array, "*K N T"]
     loss_mask: Bool[Array, "*K N T"]
+    segments: Int[Array, "*K N T"] | None = None  # packed rows: which of a row's examples a token is of; 0 is padding
 
 
 def negative_log_likelihood(
@@ -29,8 +31,12 @@ def negative_log_likelihood(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Token-mean -log p of what ``loss_mask`` marks, in nats; column t is scored by column t - 1's output."""
     rows, width = batch.tokens.shape
-    last = jnp.max(jnp.where(batch.loss_mask, jnp.arange(width), 0), axis=1, keepdims=True)
-    hidden = transformer.forward(params, batch.tokens, jnp.arange(width) <= last, model).hidden[:, :-1]
+    if batch.segments is None:
+        last = jnp.max(jnp.where(batch.loss_mask, jnp.arange(width), 0), axis=1, keepdims=True)
+        valid, attend = jnp.arange(width) <= last, causal_attention
+    else:
+        valid, attend = batch.segments > 0, packed_attention(batch.segments)
+    hidden = transformer.forward(params, batch.tokens, valid, model, attend).hidden[:, :-1]
     statistics = token_statistics(
         hidden.reshape(rows * (width - 1), -1),
         transformer.unembedding(params, model),
@@ -53,3 +59,22 @@ def make_chunk(parts: Parts) -> Callable:
         return state, metrics | applied
 
     return lambda state, batches: jax.lax.scan(step, state, batches)
+
+
+def make_packed_chunk(parts: Parts) -> Callable:
+    """``make_chunk`` on packed rows, with the metrics that every training loop gives."""
+
+    def supervised_chunk(state: TrainState, batches: Demonstrations):
+        state, metrics = make_chunk(parts)(state, batches)
+        steps, rows, width = batches.tokens.shape
+        as_float = lambda x: x.astype(metrics["sft/loss"].dtype)
+        used = as_float((batches.segments > 0).sum((1, 2)))
+        return state, metrics | {
+            "training/global_step": as_float(state.step - steps + 1 + jnp.arange(steps)),
+            "perf/total_num_tokens": used,
+            "sft/predicted_tokens": as_float(batches.loss_mask.sum((1, 2))),
+            "sft/examples": as_float(batches.segments.max(2).sum(1)),
+            "sft/packing_efficiency": used / (rows * width),
+        }
+
+    return supervised_chunk

@@ -20,6 +20,15 @@ from rl_reason.types import Metrics, TrainState, struct
 
 
 @struct
+class ScoredRows:
+    """What a forward needs to know of rows."""
+
+    tokens: Int[Array, "*m N T"]
+    prompt_len: Int[Array, "*m N"]
+    row_mask: Bool[Array, "*m N T"]
+
+
+@struct
 class Minibatch:
     """Rows as the objective sees them. ``completion_mask`` is already ANDed with keep and valid."""
 
@@ -35,9 +44,11 @@ class Minibatch:
     off_policy: Bool[Array, "*m N"]
     old_logprobs: Float[Array, "*m N T"] | None  # None: this is the only update, the ratio is 1
     ref_logprobs: Float[Array, "*m N T"] | None
+    reference_mask: Bool[Array, "*m N T"] | None = None  # tokens of references that the reward slot put in
+    token_scores: Float[Array, "*m N T"] | None = None  # a token reward model's
 
 
-def score_rows(parts: Parts, params: PyTree, batch: Minibatch, temperature: Float[Array, ""]) -> Scores:
+def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temperature: Float[Array, ""]) -> Scores:
     """The trainer's forward over the completions of some rows."""
     return score(
         params,
@@ -77,6 +88,8 @@ def loss_of_scores(
         rollout_logprobs=batch.rollout_logprobs,
         advantages=batch.advantages,
         completion_mask=batch.completion_mask,
+        reference_mask=batch.reference_mask,
+        token_scores=batch.token_scores,
         rewards=batch.rewards,
         correct=batch.correct,
         success_rate=batch.success_rate,
@@ -101,7 +114,7 @@ def loss_of_scores(
     reduced = {}
     for name, loss in terms.items():
         how = parts.aggregation[name]
-        over = token_set(how["over"], batch.completion_mask, batch.rewards, batch.off_policy)
+        over = token_set(how["over"], batch.completion_mask, batch.rewards, batch.off_policy, batch.reference_mask)
         reduced[name] = how["coef"] * aggregate(loss, over, how["how"], how["divisor"])
     total = sum(reduced.values(), jnp.zeros((), scores.logprobs.dtype))
     behaviour = jax.lax.stop_gradient(old_logprobs)

@@ -3,17 +3,18 @@
 from absl import app
 
 from experiments import config_files, run
-from rl_reason import train
+from rl_reason.drivers.reinforcement import Reinforcement
 
-_next_prompts = train.Reinforcement._next_prompts
+_advance = Reinforcement.advance
 
 
-def shorter(self: train.Reinforcement, count: int):
+def shorter(self: Reinforcement, state):
     """One step fewer, but in the first chunk."""
-    self.chunks = getattr(self, "chunks", 0) + 1
-    return _next_prompts(self, count if self.chunks == 1 else count - 1)
+    out = _advance(self, state)
+    self._steps = self._experiment.config.steps_per_call - 1
+    return out
 
 
 if __name__ == "__main__":
-    train.Reinforcement._next_prompts = shorter
+    Reinforcement.advance = shorter
     app.run(run.main, flags_parser=config_files.parse)

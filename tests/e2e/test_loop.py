@@ -71,7 +71,7 @@ def others_slow(config: str, composition: str) -> typing.Any:
 
 
 @pytest.mark.parametrize(
-    "config, composition", [others_slow(c, how) for c in support.config_names() for how in ("split", "callback")]
+    "config, composition", [others_slow(c, how) for c in support.config_names("rl") for how in ("split", "callback")]
 )
 def test_compositions_train_the_same(config, composition):
     """Verdicts in graph, by callback from inside the program, and between two programs."""
@@ -89,7 +89,7 @@ def test_compositions_train_the_same(config, composition):
     assert len(asked) == STEPS * parts.plan.prompts_per_step * parts.plan.group_size
 
 
-@pytest.mark.parametrize("config", support.config_names())
+@pytest.mark.parametrize("config", support.config_names("rl"))
 def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     """Bit for bit: parameters, optimizer, statistics, metrics and tokens of the steps after a checkpoint."""
     parts, engine = parts_of(config), engine_of(config)
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 
 @pytest.mark.parametrize(
-    "config", [c if c == "clipcov" else pytest.param(c, marks=pytest.mark.slow) for c in support.config_names()]
+    "config", [c if c == "clipcov" else pytest.param(c, marks=pytest.mark.slow) for c in support.config_names("rl")]
 )
 def test_reward_rises(config):
     """An easy task, learned by live sampling alone: say a certain token early. Single precision."""

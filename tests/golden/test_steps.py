@@ -48,7 +48,7 @@ def rollout_and_rewards(seed=0):
     return rollout, Rewards(total=score, correct=score, valid=jnp.arange(rows) != 13)
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", config_names("rl"))
 def test_a_step(name, x64):
     plan = dict(prompts_per_step=PROMPTS, group_size=GROUP, train_group_size=GROUP, generated_prompts=PROMPTS)
     parts = tiny_parts(name, FLOAT64 | dict(num_layers=1), **plan)
@@ -73,4 +73,4 @@ def test_a_step(name, x64):
 
 
 def test_pins_name_configs_that_exist():
-    assert set(PINNED) == set(config_names())
+    assert set(PINNED) == set(config_names("rl"))

@@ -24,7 +24,7 @@ from tests.support import (
     tiny_parts,
 )
 
-CONFIGS = config_names()
+CONFIGS, RL_CONFIGS = config_names(), config_names("rl")
 ROWS, WIDTH = 8, 8
 
 
@@ -53,7 +53,7 @@ def test_refuses_unknown_variants(name):
         load_config(name, "smok")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", RL_CONFIGS)
 def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
     config = load_config(name)
     experiment = build.build(config, one_device())
@@ -77,6 +77,7 @@ def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
             uid=int32(shape),
             route=int32(shape),
             reference=int32((*shape, data.max_reference_len_tokens)),
+            demonstration=int32((*shape, data.max_demonstration_len_tokens)),
         )
         del key
         return state, make_chunk(parts, verify)(state, prompts, experiment.sampling)
@@ -117,6 +118,8 @@ def rows_for(model, seed=0, *, old=True):
         off_policy=jnp.zeros(ROWS, bool),
         old_logprobs=token_array(logprobs + 0.05 * rng.normal(size=mask.shape)) if old else None,
         ref_logprobs=token_array(logprobs + 0.1 * rng.normal(size=mask.shape)),
+        reference_mask=jnp.asarray(trained & (column > 5)),
+        token_scores=token_array(rng.normal(size=mask.shape)),
     )
 
 
@@ -157,7 +160,7 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize("experts", [pytest.param({}, id="dense"), pytest.param(MOE, id="moe")])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", RL_CONFIGS)
 def test_microbatches_are_invisible_in_float64(name, experts, x64):
     # Denominators, covariances, selections and router balance are the minibatch's: 1 x 8 rows equals 4 x 2.
     model = FLOAT64 | experts

@@ -19,7 +19,7 @@ from tests.support import config_names, configs_whose_objective, load_config
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
-CONFIGS = config_names()
+CONFIGS = config_names("rl")
 MODULES = sorted(m.name for m in pkgutil.iter_modules(rl_reason.methods.__path__))
 N, T = 4, 5
 LENGTHS = np.array([5, 3, 2, 0])  # an empty row too
@@ -44,6 +44,8 @@ def draw(seed):
         correct=jnp.asarray(rewards, jnp.float32),
         success_rate=jnp.full(N, 0.5),
         off_policy=jnp.zeros(N, bool),
+        reference_mask=jnp.asarray(MASK & (np.arange(T) > 2)),
+        token_scores=tokens(rng.normal(size=(N, T))),
         key=jax.random.key(seed),
     )
 

@@ -51,7 +51,11 @@ def test_every_over_is_tested_and_completions_split_in_two():
     for pair in (("positive", "negative"), ("on_policy", "off_policy")):
         a, b = (token_set(over, MASK, REWARDS, OFF_POLICY) for over in pair)
         np.testing.assert_array_equal(a ^ b, MASK)
-    assert set(OVER) == {"completion", "positive", "negative", "on_policy", "off_policy"}
+    np.testing.assert_array_equal(token_set("reference", MASK, REWARDS, OFF_POLICY), False)
+    marked = jnp.tile(jnp.array([False, True, False]), (4, 1))  # the middle column; off the mask it does not count
+    expected = [[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0]]
+    np.testing.assert_array_equal(token_set("reference", MASK, REWARDS, OFF_POLICY, marked), expected)
+    assert set(OVER) == {"completion", "positive", "negative", "on_policy", "off_policy", "reference"}
 
 
 @pytest.mark.parametrize("how", HOW)

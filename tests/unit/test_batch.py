@@ -29,6 +29,9 @@ def test_derived():
     assert plan.updates_per_step == 6  # 2 minibatches x 3 epochs
     assert plan.prompts_drawn == 24  # 12 a round, 2 rounds
     assert BatchPlan(**GOOD | dict(microbatch_rows=0)).microbatches == 1
+    assert BatchPlan(**GOOD | dict(demonstrations=1)).num_samples == 3
+    # Microbatches have 4 rows: 48 rows go in 12 pieces, 6 in two, 7 one by one.
+    assert [plan.pieces_of(rows) for rows in (48, 6, 7, 4, 3)] == [12, 2, 7, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,7 @@ def test_derived():
     [
         (dict(minibatches=3), "prompts_per_step=8 / minibatches=3 = 2.66667 prompts"),
         (dict(minibatches=8, row_shards=2), "1 prompts a minibatch over 2 row shards (mesh data x fsdp)"),
+        (dict(demonstrations=4), "demonstrations=4 leave no sample in a group_size of 4"),
         (dict(microbatch_rows=3), "8 rows a minibatch / microbatch_rows=3 = 2.66667 microbatches"),
         (dict(microbatch_rows=2, row_shards=4), "microbatch_rows=2 over 4 row shards"),
         (dict(train_group_size=5), "train_group_size=5 is more than group_size=4"),

@@ -17,7 +17,7 @@ FLOORS = [  # ground first; a room (a module or a folder) may import lower floor
     "rewards",
     "loop",
     "build",
-    "evaluate warmup",
+    "evaluate warmup drivers",
     "train bench",
 ]
 FLOOR = {f"rl_reason.{room}": height for height, rooms in enumerate(FLOORS) for room in rooms.split()}

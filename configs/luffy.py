@@ -1,0 +1,36 @@
+"""LUFFY (Learning to Reason under Off-Policy Guidance, arXiv:2504.14945).
+
+    python -m experiments.run --config=luffy.py                # a small model trained here, minutes on two CPU cores
+    python -m experiments.run --config=luffy.py:smoke          # seconds
+    python -m experiments.run --config=luffy.py:on_policy      # its baselines: no demonstration in the groups,
+    python -m experiments.run --config=luffy.py:rl_with_sft    # demonstrations in a loss term of their own
+
+Demonstrations are the tasks' own worked solutions.
+"""
+
+from configs import base
+from configs.common import Config, call, term
+
+ARGS = (*base.ARGS, "on_policy", "rl_with_sft")
+
+
+def get_config(arg: str = "") -> Config:
+    base.check_arg(arg, ARGS)
+    config = base.get_config("smoke" if arg == "smoke" else "")
+    config.batch.demonstrations = 0 if arg == "on_policy" else 1  # the authors' n_prefix=1, of groups of 8
+    config.advantages = call("grpo.advantages", divide_by_std=False, ddof=1, std_eps=1e-6)  # grpo_use_std=False
+    config.objective = call("luffy.objective", shaping_gamma=0.1)
+    # A sum over a constant width, not divided by rows (the authors': their response width, 8192).
+    config.aggregation = dict(policy=term("sum", divisor=float(config.rollout.completion_len)))
+    # The bonus is 0.001 in the authors' script, 0.01 in the paper. Beside a sum of a thousand tokens it all but vanishes.
+    config.regularisers.entropy = dict(coef=0.001, how="token_mean", divisor=1.0)
+    if arg == "on_policy":  # the repository's prefix_ratio=0 keeps PPO's clip
+        config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.2, dual_clip_ratio=None)
+    if arg == "rl_with_sft":  # grpo_split: statistics of samples alone, and a token-mean NLL with coefficient 1
+        config.advantages = call("luffy.sampled_advantages", std_eps=1e-6)
+        config.objective = call("luffy.imitation_objective", clip_eps_low=0.2, clip_eps_high=0.2)
+        config.aggregation = dict(
+            policy=term("sum", over="on_policy", divisor=float(config.rollout.completion_len)),
+            imitation=term("token_mean", over="off_policy"),
+        )
+    return config

@@ -1,0 +1,72 @@
+"""Driving maximum likelihood as the whole of a run: worked solutions packed into rows."""
+
+import time
+import typing
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rl_reason import build, processes
+from rl_reason.data.packing import packed_stream
+from rl_reason.loop import supervised
+from rl_reason.loop.engine import Advanced
+from rl_reason.types import TrainState
+
+
+class Supervised:
+    """Chunks of supervised steps on the config's worked solutions; implements ``Driver``."""
+
+    phase = "sft"
+    programs = ("supervised_chunk",)
+    pending: PyTree = None
+
+    def __init__(self, experiment: build.Experiment):
+        self._experiment = experiment
+        config = experiment.config
+        rows = build.rows_sharding(experiment.mesh)
+        self._stream = packed_stream(
+            experiment.train,
+            experiment.tokenizer,
+            rows_per_batch=config.supervised.rows_per_step,
+            row_len=config.supervised.row_len_tokens,
+            direct_share=config.supervised.direct_share,
+            rows=processes.local_rows(rows, config.supervised.rows_per_step),
+        )
+        self._rows = build.rows_sharding(experiment.mesh, leading=1)
+        self._chunk = jax.jit(supervised.make_packed_chunk(experiment.parts), donate_argnums=0)
+
+    def initial_state(self, params: PyTree) -> TrainState:
+        return build.init_state(self._experiment, self._experiment.parts, params)
+
+    def prime(self, state: TrainState) -> None:
+        del state
+
+    def advance(self, state: TrainState) -> Advanced:
+        steps = self._experiment.config.steps_per_call
+        drawn = [next(self._stream) for _ in range(steps)]
+        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
+        packed = supervised.Demonstrations(*processes.to_global(tuple(stacked), self._rows))
+        began = time.perf_counter()
+        state, metrics = self._chunk(state, packed)
+        metrics = processes.to_host(metrics)
+        return Advanced(state, metrics, None, {"step": (time.perf_counter() - began) / steps})
+
+    def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
+        return iter(())
+
+    def complaint(self, row: dict[str, float]) -> str | None:
+        return None
+
+    def skipped_in_a_row(self, state: TrainState) -> int:
+        return int(state.stats["skipped_in_a_row"])
+
+    def policy(self, state: TrainState) -> PyTree:
+        return state.params
+
+    def position(self) -> typing.Any:
+        return self._stream.get_state()
+
+    def seek(self, position: typing.Any) -> None:
+        self._stream.set_state(position)
