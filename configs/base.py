@@ -114,9 +114,14 @@ def get_config(arg: str = "") -> Config:
         entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
 
+    config.token_reward = config_dict.placeholder(
+        ml_collections.ConfigDict
+    )  # dict(learning_rate), for oreal.objective
+
     config.optimizer = dict(
         learning_rate=3e-4,
         lr_warmup_updates=5,
+        frozen_updates=0,  # at a rate of 0, before the warm-up: while a token reward model learns first
         lr_decay="constant",  # or "cosine", "linear" to 0 over the run's updates
         weight_decay=0.0,
         b1=0.9,

@@ -17,7 +17,9 @@ from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.loop import token_reward
 from rl_reason.loop.parts import Parts
+from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
@@ -26,6 +28,7 @@ from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
+TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
 LOOPS = ("rl", "supervised")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
@@ -97,6 +100,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         regularisers=config.regularisers.to_dict(),
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
+        token_reward=_token_reward(config, model),
         tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
@@ -195,7 +199,11 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
 
 
 def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
-    """Linear warm-up, then constant, cosine or linear decay to 0 over the run's updates."""
+    """A rate of 0 while frozen, linear warm-up, then constant, cosine or linear decay to 0 over the run's updates."""
+    frozen = o["frozen_updates"]
+    if frozen:
+        later = rl_schedule({**o, "frozen_updates": 0}, total_updates - frozen)
+        return optax.join_schedules([optax.constant_schedule(0.0), later], [frozen])
     warm = min(o["lr_warmup_updates"], max(total_updates - 1, 0))
     rate, rest = o["learning_rate"], max(total_updates - warm, 1)
     decays = {
@@ -230,8 +238,26 @@ def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
         opt_state=parts.optimizer.init(params),
         key=jax.random.key(seed),
         ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
+        models={}
+        if parts.token_reward is None
+        else {token_reward.NAME: _new_token_reward(parts.token_reward, params, seed)},
         stats=_stats(parts),
     )
+
+
+def _new_token_reward(static: TokenReward, params: PyTree, seed: int) -> dict[str, PyTree]:
+    return static.init(jax.random.fold_in(jax.random.key(seed), TOKEN_REWARD_KEY), params)
+
+
+def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:
+    """The model that ``config.token_reward`` describes; AdamW as the policy's, at its own rate."""
+    if config.token_reward is None:
+        return None
+    own = config.token_reward.to_dict()
+    if set(own) != {"learning_rate"}:
+        raise ValueError(f"config.token_reward has keys {sorted(own)}; it takes exactly learning_rate.")
+    o = config.optimizer.to_dict()
+    return TokenReward(model, adamw(o, optax.constant_schedule(own["learning_rate"])))
 
 
 def _stats(parts: Parts) -> dict[str, typing.Any]:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 
 import rl_reason.methods
 
-_ADVANTAGES = "rewards correct valid keep off_policy completion_mask old_logprobs ref_logprobs token_rewards"
+_ADVANTAGES = """rewards correct valid keep off_policy sampled_mean sampled_count completion_mask old_logprobs ref_logprobs
+token_rewards"""
 _OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask reference_mask
 token_scores rewards correct success_rate off_policy key"""
 _REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs"

@@ -90,6 +90,10 @@ class Rewards:
     valid: Bool[Array, " N"]  # False: the verifier itself failed; the sample teaches nothing
     parts: dict[str, Float[Array, " N"]] = dataclasses.field(default_factory=dict)
     token_rewards: Float[Array, "N T"] | None = None
+    sampled_mean: Float[Array, " N"] | None = (
+        None  # of the rewards of all valid samples of the prompt, the loop's to fill
+    )
+    sampled_count: Float[Array, " N"] | None = None  # how many those are; selection changes neither
 
 
 @struct

@@ -18,14 +18,14 @@ from rl_reason.verifier_pool import VerifierPool
 class Reinforcement:
     """Chunks of RL steps on the config's prompts; implements ``Driver``."""
 
-    phase = "rl"
+    phase: str = "rl"
 
     def __init__(self, experiment: build.Experiment, pool: VerifierPool):
         self._experiment = experiment
         config, plan = experiment.config, experiment.parts.plan
         self._verifier = rewards.HostVerifier(experiment.train, experiment.tokenizer, pool)
         self._engine: Engine = make_engine(experiment, self._verifier)
-        self.programs = self._engine.programs
+        self.programs: tuple[str, ...] = self._engine.programs
         self._rows = build.rows_sharding(experiment.mesh)
         self._stream = make_stream(experiment, processes.local_rows(self._rows, plan.prompts_drawn))
         self._steps = config.steps_per_call

@@ -18,8 +18,8 @@ from rl_reason.types import TrainState
 class Supervised:
     """Chunks of supervised steps on the config's worked solutions; implements ``Driver``."""
 
-    phase = "sft"
-    programs = ("supervised_chunk",)
+    phase: str = "sft"
+    programs: tuple[str, ...] = ("supervised_chunk",)
     pending: PyTree = None
 
     def __init__(self, experiment: build.Experiment):

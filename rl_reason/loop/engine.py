@@ -34,7 +34,7 @@ class Advanced(typing.NamedTuple):
 class Fused:
     """K steps a call as one program, verdicts included."""
 
-    programs = ("chunk",)  # compiled by the first step, and then never again
+    programs: tuple[str, ...] = ("chunk",)  # compiled by the first step, and then never again
     draws_ahead = False
     pending: PyTree = None
 
@@ -57,7 +57,7 @@ class Split:
     flight is ``pending``, part of what a checkpoint holds.
     """
 
-    programs = ("draw", "learn", "train")  # compiled by the first step, and then never again
+    programs: tuple[str, ...] = ("draw", "learn", "train")  # compiled by the first step, and then never again
 
     def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
         self._parts, self._verifier, self._mesh, self.draws_ahead = parts, verifier, mesh, overlap

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import merge_strided, split_strided
+from rl_reason.loop import token_reward
 from rl_reason.loop.demonstrations import demonstration_rows, join_groups
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.update import Minibatch, ScoredRows, apply_gradient, loss_and_gradient, score_rows
@@ -82,7 +83,18 @@ def reward_phase(
         )
     )
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
-    return dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid), rollout
+    rewards = dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid)
+    if parts.wants("sampled_mean") or parts.wants("sampled_count"):
+        rewards = _with_sampled_statistics(rewards, parts.plan.group_size)
+    return rewards, rollout
+
+
+def _with_sampled_statistics(rewards: Rewards, group_size: int) -> Rewards:
+    groups = lambda x: x.reshape(-1, group_size)
+    count = groups(rewards.valid).sum(1).astype(rewards.total.dtype)
+    mean = masked_mean(groups(rewards.total), groups(rewards.valid), axis=1)
+    spread = lambda x: jnp.repeat(x, group_size)
+    return dataclasses.replace(rewards, sampled_mean=spread(mean), sampled_count=spread(count))
 
 
 def _step_key(state: TrainState, purpose: int) -> Key[Array, ""]:
@@ -170,6 +182,12 @@ def train_phase(parts: Parts, state: TrainState, selected: Selected, sampling: S
     state, per_update = jax.lax.scan(one_update, state, jnp.arange(parts.plan.updates_per_step))
     metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in per_update.items()}
     metrics["actor/skipped_updates"] = per_update["actor/skipped_updates"].sum()
+    if parts.token_reward is not None:
+        learned, measured = _learn_token_rewards(parts.token_reward, state, batch)
+        state, metrics = (
+            dataclasses.replace(state, models=state.models | {token_reward.NAME: learned}),
+            metrics | measured,
+        )
     state = dataclasses.replace(state, step=state.step + 1)
     metrics["training/trained_fraction"] = keep.astype(jnp.float32).mean()
     metrics["training/global_step"] = state.step.astype(jnp.float32)
@@ -206,6 +224,13 @@ def _training_rows(
         old = _score_in_pieces(parts, state.params, rows, sampling.temperature)
     if parts.wants("ref_logprobs"):
         ref = _score_in_pieces(parts, state.ref_params, rows, sampling.temperature)
+    if parts.wants("token_scores") and parts.token_reward is not None:
+        pieces = plan.pieces_of(rows.tokens.shape[0])
+        token_rows = token_reward.Rows(rows.tokens, rows.row_mask, rows.prompt_len)
+        params = state.models[token_reward.NAME]["params"]
+        rows = dataclasses.replace(
+            rows, token_scores=token_reward.scores(parts.token_reward, params, token_rows, pieces)
+        )
     advantages_slot = parts.slots["advantages"]
     assert advantages_slot is not None
     advantages = advantages_slot(
@@ -215,6 +240,8 @@ def _training_rows(
             valid=groups(keep),
             keep=groups(keep),
             off_policy=groups(rollout.off_policy),
+            sampled_mean=None if rewards.sampled_mean is None else groups(rewards.sampled_mean),
+            sampled_count=None if rewards.sampled_count is None else groups(rewards.sampled_count),
             completion_mask=mask,
             old_logprobs=old,
             ref_logprobs=ref,
@@ -226,6 +253,15 @@ def _training_rows(
     advantages = jnp.where(mask, advantages, 0.0)
     metrics = _advantage_metrics(advantages, mask)
     return dataclasses.replace(rows, advantages=advantages, old_logprobs=old, ref_logprobs=ref), metrics
+
+
+def _learn_token_rewards(
+    static: token_reward.TokenReward, state: TrainState, batch: Minibatch
+) -> tuple[dict, Metrics]:
+    """The token reward model's own update, from the rows that the policy was trained on."""
+    rows = token_reward.Rows(batch.tokens, batch.row_mask, batch.prompt_len)
+    kept = batch.completion_mask.any(1)
+    return token_reward.update(static, state.models[token_reward.NAME], rows, batch.correct, kept)
 
 
 def _score_in_pieces(

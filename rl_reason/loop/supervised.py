@@ -65,6 +65,7 @@ def make_packed_chunk(parts: Parts) -> Callable:
     """``make_chunk`` on packed rows, with the metrics that every training loop gives."""
 
     def supervised_chunk(state: TrainState, batches: Demonstrations):
+        assert batches.segments is not None
         state, metrics = make_chunk(parts)(state, batches)
         steps, rows, width = batches.tokens.shape
         as_float = lambda x: x.astype(metrics["sft/loss"].dtype)

@@ -1,0 +1,89 @@
+"""A token reward model that learns beside the policy (OREAL, arXiv:2502.06781): its scores, and its own update a step.
+
+It begins as a copy of the policy with a scalar head. The mean of its logits over a completion is trained to tell right from
+wrong; what it says of single tokens then weighs them in the policy's loss.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from rl_reason.batch import merge_strided, split_strided
+from rl_reason.masked import masked_mean
+from rl_reason.models import reward_head
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.types import Metrics
+
+NAME = "token_reward"  # in TrainState.models
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenReward:
+    """Its static half."""
+
+    model: ModelConfig
+    optimizer: optax.GradientTransformation
+
+    def init(self, key: Key[Array, ""], policy: PyTree) -> dict[str, PyTree]:
+        """{params, opt_state} around a copy of the policy."""
+        params = reward_head.init(key, policy, self.model)
+        return {"params": params, "opt_state": self.optimizer.init(params)}
+
+
+class Rows(typing.NamedTuple):
+    """Completions to be scored or learned from."""
+
+    tokens: Int[Array, "N T"]
+    mask: Bool[Array, "N T"]  # of the completion
+    prompt_len: Int[Array, " N"]
+
+    @property
+    def valid(self) -> Bool[Array, "N T"]:
+        """Prompt and completion."""
+        return self.mask | (jnp.arange(self.tokens.shape[1]) < self.prompt_len[:, None])
+
+
+def scores(static: TokenReward, params: PyTree, rows: Rows, pieces: int) -> Float[Array, "N T"]:
+    """The head's logit at each completion token, 0 elsewhere; ``pieces`` of the rows at a time."""
+
+    def run(rows: Rows) -> Float[Array, "n T"]:
+        return jnp.where(rows.mask, reward_head.token_logits(params, rows.tokens, rows.valid, static.model), 0.0)
+
+    if pieces == 1:
+        return run(rows)
+    return merge_strided(jax.lax.scan(lambda _, piece: (None, run(piece)), None, split_strided(rows, pieces))[1])
+
+
+def loss(
+    static: TokenReward, params: PyTree, rows: Rows, right: Float[Array, " N"], learned: Bool[Array, " N"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """Binary cross-entropy of the mean logit of each completion; 0 where no row is ``learned`` from."""
+    mean = masked_mean(scores(static, params, rows, 1), rows.mask, axis=1)
+    each = optax.sigmoid_binary_cross_entropy(mean, right)
+    value = masked_mean(each, learned)
+    agrees = ((mean > 0) == (right > 0.5)).astype(each.dtype)
+    return value, {"token_reward/loss": value, "token_reward/accuracy": masked_mean(agrees, learned)}
+
+
+def update(
+    static: TokenReward,
+    state: Mapping[str, PyTree],
+    rows: Rows,
+    right: Float[Array, " N"],
+    learned: Bool[Array, " N"],
+) -> tuple[dict[str, PyTree], Metrics]:
+    """One optimizer step on these rows; a gradient that is not finite changes nothing."""
+    gradient = jax.value_and_grad(lambda params: loss(static, params, rows, right, learned), has_aux=True)
+    (_, metrics), grads = gradient(state["params"])
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
+    grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+    updates, opt_state = static.optimizer.update(grads, state["opt_state"], state["params"])
+    new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, dict(state))
+    return new, metrics | {"token_reward/grad_norm": norm}

@@ -1,0 +1,27 @@
+"""Reward models: a transformer whose last hidden states give one number a token instead of a distribution."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from rl_reason.models import transformer
+from rl_reason.models.transformer import ModelConfig
+
+
+def init(key: Key[Array, ""], backbone: PyTree, config: ModelConfig) -> PyTree:
+    """{backbone, head {weight [D], bias []}} around a copy of ``backbone``; the head starts uniform in +-D^-0.5."""
+    bound = config.hidden_size**-0.5
+    weight_key, bias_key = jax.random.split(key)
+    draw = lambda key, shape: jax.random.uniform(key, shape, config.param_dtype, -bound, bound)
+    head = {"weight": draw(weight_key, (config.hidden_size,)), "bias": draw(bias_key, ())}
+    return {"backbone": jax.tree.map(jnp.copy, backbone), "head": head}
+
+
+def token_logits(
+    params: PyTree, tokens: Int[Array, "N T"], valid: Bool[Array, "N T"], config: ModelConfig
+) -> Float[Array, "N T"]:
+    """The head's number at every token, having read up to and including it; in fp32 or wider. 0 where not ``valid``."""
+    hidden = transformer.forward(params["backbone"], tokens, valid, config).hidden
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = hidden.astype(wide) @ params["head"]["weight"].astype(wide) + params["head"]["bias"].astype(wide)
+    return jnp.where(valid, logits, 0.0)
