@@ -14,6 +14,7 @@ MAX_LEN = 512  # characters; a longer answer is compared as text
 MAX_DEPTH = 16  # brackets in brackets: the parser's time grows with the square of it, to about a second
 MAX_EXPONENT = 4000  # of ten, in 1e4000
 
+
 class UnreadableError(ValueError):
     """Text that is not among what may be parsed."""
 
@@ -29,16 +30,31 @@ _UNICODE = {
     "±": r"\pm ", "∈": r"\in ", "θ": r"\theta ", "∅": r"\emptyset ",
 }  # fmt: skip
 _UNICODE_TABLE = str.maketrans(_UNICODE)
-_GREEK = (
-    "alpha beta delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau upsilon "
-    "phi varphi chi psi omega Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-).split()
-_FUNCTIONS = (
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln"  # nothing that computes while it is parsed
-).split()
+_GREEK = {
+    "alpha", "beta", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu",
+    "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Delta", "Theta", "Lambda",
+    "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega",
+}  # fmt: skip
+# Nothing that computes while it is parsed, and no sums: evaluating one compiles the names of its symbols.
+_FUNCTIONS = {
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "log",
+    "ln",
+}
 _KEPT = {
-    *_GREEK, *_FUNCTIONS,
-    *"cdot times div pm le leq ge geq ne neq in cup cap setminus infty emptyset lfloor rfloor lceil rceil".split(),
+    *_GREEK, *_FUNCTIONS, "cdot", "times", "div", "pm", "le", "leq", "ge", "geq", "ne", "neq", "in", "cup", "cap",
+    "setminus", "infty", "emptyset", "lfloor", "rfloor", "lceil", "rceil",
 }  # fmt: skip
 _RENAMED = {
     "lt": "<", "gt": ">", "lvert": "|", "rvert": "|", "vert": "|", "varnothing": r"\emptyset", "lbrace": r"\{",
@@ -162,7 +178,14 @@ class _Translator:
                 raise UnreadableError(f"the subscript {subscript!r}.")
             return f"_{{{subscript}}}"
         if token in _CLOSERS:
+            number_before = self._at > 1 and (
+                self._tokens[self._at - 2][0] == "number" or self._tokens[self._at - 2][1] == ")"
+            )
             inside, closer = self._bracket(token)
+            if number_before and re.fullmatch(
+                r"[-\d. ]+", inside
+            ):  # 2(3) is 6; the grammar's would be the mixed number 2 3/1
+                return rf"\cdot ({inside})"
             if token == "{" and "," in inside:
                 return rf"\{{{inside}\}}"
             if token == "{":

@@ -56,7 +56,9 @@ def box_or_words_or_number(text: str) -> str:
 
 
 THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
-_INVISIBLE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])|\\[,;:! ]|(?<!\\)\\\$|\$|~")
+_INVISIBLE = re.compile(
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])|\\[,;:! ]|(?<!\\)\\\$|\$|~"
+)
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")

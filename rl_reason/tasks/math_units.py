@@ -8,7 +8,7 @@ from rl_reason.tasks.math_text import visible
 Unit = tuple[Fraction, tuple[tuple[str, int], ...]]  # a factor, and base units with their powers
 
 _PREFIXES = dict(zip("fpnumckMGT", (-15, -12, -9, -6, -3, -2, 3, 6, 9, 12), strict=True)) | {"µ": -6, "μ": -6}
-_SCALABLE = "m g s Hz N J W V A Pa eV L l C F T mol K Ω ohm".split()
+_SCALABLE = ("m", "g", "s", "Hz", "N", "J", "W", "V", "A", "Pa", "eV", "L", "C", "F", "T", "mol", "K", "Ω")
 _LITERAL = {
     **{base: (Fraction(1), base) for base in _SCALABLE},
     **{p + base: (Fraction(10) ** e, base) for base in _SCALABLE for p, e in _PREFIXES.items()},
@@ -16,6 +16,7 @@ _LITERAL = {
     **{name: (Fraction(1), name) for name in ("in", "ft", "mi", "yd", "lb", "oz", "mph", "rad", "°", "$", "¢")},
     **{name: (Fraction(1, 100), "") for name in ("%", "pct")},
     "l": (Fraction(1), "L"),
+    "cl": (Fraction(1, 100), "L"),
     "ml": (Fraction(1, 1000), "L"),
     "ohm": (Fraction(1), "Ω"),
     "deg": (Fraction(1), "°"),

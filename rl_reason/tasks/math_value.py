@@ -3,13 +3,22 @@
 Departures from ``math_verify.parse`` and ``verify`` 0.9 are in docs/papers.md, "Comparing answers". Nothing here calls
 ``eval``, ``parse_expr`` or ``sympify`` on text: digits become rational numbers by ``int``, which also keeps decimals exact.
 
-math_verify, sympy and antlr take a second to import, so they are imported when the first answer is compared.
+math_verify, sympy and antlr take a second to import. They are imported with this module, so that no verdict's deadline
+pays for it, and only those who compare mathematics import this module.
 """
 
 import functools
+import itertools
 import math
 import re
 import typing
+
+import math_verify.grader as grader
+import sympy
+from latex2sympy2_extended.latex2sympy2 import (
+    _Latex2Sympy,
+)  # private; math-verify pins its version, and we math-verify's
+from sympy.core.function import AppliedUndef
 
 from rl_reason.tasks.math_latex import UnreadableError, to_latex
 
@@ -19,6 +28,8 @@ HALF_UNIT = 5e-7  # of the sixth digit, after the decimal point or after the fir
 POINTS = 5  # where expressions with symbols are compared
 _SAFE_NAME = re.compile(r"(?:math|vec|bar|hat|tilde)?\{?[A-Za-z0-9]{1,16}\}?(?:_\{?[A-Za-z0-9]{1,8}\}?)?", re.ASCII)
 
+grader.TIMEOUT_WARNING_SHOWN = True  # it would log that timeouts are off: we are stopped from outside instead
+
 
 class Value(typing.NamedTuple):
     """A sympy object, and whether a decimal was written in it: then it is known to six digits, else exactly."""
@@ -27,26 +38,15 @@ class Value(typing.NamedTuple):
     decimal: bool
 
 
-@functools.cache
-def _libraries() -> tuple[typing.Any, typing.Any, type]:
-    """sympy, math_verify.grader, and a reader of LaTeX."""
-    import math_verify.grader as grader
-    import sympy
-    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy  # private; math-verify pins its version, and we that
+class _Reader(_Latex2Sympy):
+    """Without ``sympy.Number(text)``, which evaluates the text, and without computing binomials as they are read."""
 
-    grader.TIMEOUT_WARNING_SHOWN = True  # it would log that timeouts are off: we are stopped from outside instead
+    def parse_number(self, text):
+        whole, _, part = text.replace(",", "").partition(".")
+        return sympy.Rational(int(whole + part or "0"), 10 ** len(part))
 
-    class Reader(_Latex2Sympy):
-        """Without ``sympy.Number(text)``, which evaluates the text, and without computing binomials as they are read."""
-
-        def parse_number(self, text):
-            whole, _, part = text.replace(",", "").partition(".")
-            return sympy.Rational(int(whole + part or "0"), 10 ** len(part))
-
-        def convert_binom(self, binom):
-            return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
-
-    return sympy, grader, Reader
+    def convert_binom(self, binom):
+        return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,9 +56,8 @@ def read(text: str) -> Value | None:
         latex = to_latex(text)
     except (UnreadableError, RecursionError):
         return None
-    sympy, _, reader = _libraries()
     try:
-        expr = reader(is_real=True).parse(latex)
+        expr = _Reader(is_real=True).parse(latex)
     except Exception:  # antlr's and sympy's errors are of many kinds, and each means that this is no formula
         return None
     if not isinstance(expr, sympy.Basic | sympy.MatrixBase) or not _harmless(expr):
@@ -68,9 +67,8 @@ def read(text: str) -> Value | None:
 
 def _harmless(expr: typing.Any) -> bool:
     """Of plain names, and of numbers that can be written down."""
-    sympy, _, _ = _libraries()
     names = [symbol.name for symbol in expr.atoms(sympy.Symbol)]
-    names += [str(f.func) for f in expr.atoms(sympy.core.function.AppliedUndef)]
+    names += [str(f.func) for f in expr.atoms(AppliedUndef)]
     if not all(_SAFE_NAME.fullmatch(name) for name in names) or expr.has(sympy.nan, sympy.zoo):
         return False
     parts = expr.flat() if isinstance(expr, sympy.MatrixBase) else [expr]
@@ -86,7 +84,6 @@ def _digits(expr: typing.Any) -> float:
     Raises:
         OverflowError: when it is out of all bounds.
     """
-    sympy, _, _ = _libraries()
     if isinstance(expr, sympy.Rational):
         return max(abs(expr.p).bit_length(), expr.q.bit_length()) * math.log10(2)
     sizes = [_digits(argument) for argument in expr.args]
@@ -109,7 +106,6 @@ def _digits(expr: typing.Any) -> float:
 
 def same(gold: Value, answer: Value, scale: typing.Any = 1) -> bool:
     """Whether ``answer * scale`` is ``gold``, which comes first: equations and sets are read as it writes them."""
-    sympy, _, _ = _libraries()
     expr = answer.expr
     if scale != 1:
         if not isinstance(expr, sympy.Expr):
@@ -122,7 +118,6 @@ def same(gold: Value, answer: Value, scale: typing.Any = 1) -> bool:
 
 
 def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
-    sympy, grader, _ = _libraries()
     gold, answer = _unwrapped(gold, answer)
     if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq) and gold.lhs == answer.lhs:
         return _same(gold.rhs, answer.rhs, decimal)
@@ -148,7 +143,6 @@ def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
 
 def _unwrapped(gold: typing.Any, answer: typing.Any) -> tuple[typing.Any, typing.Any]:
     """Without ``x =`` where only one has it, as in math-verify: a gold equation is kept unless it names a value."""
-    _, grader, _ = _libraries()
     if grader.is_equation(answer) and not grader.is_equation(gold):
         answer = grader.take_last_relation(answer).rhs
     elif grader.is_assignment_relation(gold) and not grader.is_equation(answer):
@@ -158,7 +152,6 @@ def _unwrapped(gold: typing.Any, answer: typing.Any) -> tuple[typing.Any, typing
 
 def _chain(expr: typing.Any) -> list[tuple[typing.Any, typing.Any, bool]]:
     """Inequalities as (smaller, larger, strict), whichever way they were written; empty for anything else."""
-    sympy, grader, _ = _libraries()
     links = expr._unsorted_args if isinstance(expr, grader.And) else (expr,)
     chain = []
     for link in links:
@@ -173,13 +166,12 @@ def _chain(expr: typing.Any) -> list[tuple[typing.Any, typing.Any, bool]]:
 
 def _forwards(chain: list[tuple[typing.Any, typing.Any, bool]]) -> list[tuple[typing.Any, typing.Any, bool]]:
     """1 < x < 2 for 2 > x > 1 too: each link begins where the one before it ended."""
-    backwards = len(chain) > 1 and all(a[0] == b[1] for a, b in zip(chain, chain[1:], strict=False))
+    backwards = len(chain) > 1 and all(a[0] == b[1] for a, b in itertools.pairwise(chain))
     return chain[::-1] if backwards else chain
 
 
 def _several(gold: typing.Any, answer: typing.Any) -> tuple[typing.Any, ...] | None:
     """How to compare, and what: sets in any order, tuples in theirs; None when neither is one."""
-    sympy, _, _ = _libraries()
     many = (sympy.FiniteSet, sympy.Tuple)
     if not isinstance(gold, many) and not isinstance(answer, many):
         return None
@@ -211,7 +203,6 @@ def _matched(gold: typing.Sequence, answer: typing.Sequence, decimal: bool) -> b
 
 def _same_expression(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool | None:
     """By value, at points if there are symbols; None when no value was to be had."""
-    sympy, grader, _ = _libraries()
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return _same_number(gold, answer, decimal)
@@ -219,7 +210,7 @@ def _same_expression(gold: typing.Any, answer: typing.Any, decimal: bool) -> boo
         return True  # \text{AB} and AB
     for point in range(POINTS):
         # Of both signs, so that |x| is not x; fractions without a pattern, so that nothing cancels by accident.
-        at = {symbol: _coordinate(sympy, point, number) for number, symbol in enumerate(symbols, start=1)}
+        at = {symbol: _coordinate(point, number) for number, symbol in enumerate(symbols, start=1)}
         g, a = gold.subs(at), answer.subs(at)
         g_number, a_number = sympy.N(g, 15), sympy.N(a, 15)
         if not (g_number.is_number and g_number.is_finite and a_number.is_number and a_number.is_finite):
@@ -229,7 +220,7 @@ def _same_expression(gold: typing.Any, answer: typing.Any, decimal: bool) -> boo
     return True
 
 
-def _coordinate(sympy: typing.Any, point: int, number: int) -> typing.Any:
+def _coordinate(point: int, number: int) -> typing.Any:
     return sympy.Rational((-1) ** (point * number) * (4 + 3 * number + 11 * point), 3 + 2 * number + point)
 
 
@@ -238,7 +229,6 @@ def _same_number(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
 
     math-verify counts six digits from the decimal point alone, so that all small numbers are one.
     """
-    sympy, _, _ = _libraries()
     gold, answer = gold.doit(), answer.doit()
     if gold == answer:
         return True
@@ -258,7 +248,6 @@ def _same_number(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
 
 def simplified(value: Value) -> str:
     """The text of the simplified formula, as a key; '' when it has none."""
-    sympy, _, _ = _libraries()
     try:
         return str(sympy.simplify(value.expr))
     except Exception:
