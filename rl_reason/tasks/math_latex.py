@@ -37,21 +37,8 @@ _GREEK = {
 }  # fmt: skip
 # Nothing that computes while it is parsed, and no sums: evaluating one compiles the names of its symbols.
 _FUNCTIONS = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "log",
-    "ln",
-}
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln",
+}  # fmt: skip
 _KEPT = {
     *_GREEK, *_FUNCTIONS, "cdot", "times", "div", "pm", "le", "leq", "ge", "geq", "ne", "neq", "in", "cup", "cap",
     "setminus", "infty", "emptyset", "lfloor", "rfloor", "lceil", "rceil",
@@ -178,22 +165,21 @@ class _Translator:
                 raise UnreadableError(f"the subscript {subscript!r}.")
             return f"_{{{subscript}}}"
         if token in _CLOSERS:
-            number_before = self._at > 1 and (
-                self._tokens[self._at - 2][0] == "number" or self._tokens[self._at - 2][1] == ")"
-            )
-            inside, closer = self._bracket(token)
-            if number_before and re.fullmatch(
-                r"[-\d. ]+", inside
-            ):  # 2(3) is 6; the grammar's would be the mixed number 2 3/1
-                return rf"\cdot ({inside})"
-            if token == "{" and "," in inside:
-                return rf"\{{{inside}\}}"
-            if token == "{":
-                token, closer = "(", ")"
-            return inside if _is_group(inside) and (token, closer) == ("(", ")") else f"{token}{inside}{closer}"
+            return self._group(token)
         if token == "%":
             raise UnreadableError("a percent sign without a number.")
         return _SYMBOL_OF.get(token, token)
+
+    def _group(self, opener: str) -> str:
+        before = self._tokens[self._at - 2] if self._at > 1 else ("", "")
+        inside, closer = self._bracket(opener)
+        if opener == "{":
+            if "," in inside:
+                return rf"\{{{inside}\}}"
+            opener, closer = "(", ")"
+        if (before[0] == "number" or before[1] == ")") and re.fullmatch(r"[-\d. ]+", inside):
+            return rf"\cdot ({inside})"  # 2(3) is 6; to the grammar it is a mixed number, 2 and 3/1
+        return inside if opener + closer == "()" and _is_group(inside) else f"{opener}{inside}{closer}"
 
     def _command(self, name: str) -> str:
         if name in ("frac", "binom", "dbinom", "tbinom"):

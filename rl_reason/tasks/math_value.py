@@ -12,12 +12,13 @@ import itertools
 import math
 import re
 import typing
+from collections.abc import Sequence
 
 import math_verify.grader as grader
 import sympy
-from latex2sympy2_extended.latex2sympy2 import (
-    _Latex2Sympy,
-)  # private; math-verify pins its version, and we math-verify's
+
+# Private; but math-verify pins its version, and requirements.txt pins math-verify's.
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from sympy.core.function import AppliedUndef
 
 from rl_reason.tasks.math_latex import UnreadableError, to_latex
@@ -79,13 +80,15 @@ def _harmless(expr: typing.Any) -> bool:
 
 
 def _digits(expr: typing.Any) -> float:
-    """At most so many digits has any number on the way to the value of ``expr``; symbols have one.
+    """At most so many digits has any number on the way to the value of ``expr``; a symbol has two, as at our points.
 
     Raises:
         OverflowError: when it is out of all bounds.
     """
     if isinstance(expr, sympy.Rational):
         return max(abs(expr.p).bit_length(), expr.q.bit_length()) * math.log10(2)
+    if isinstance(expr, sympy.Symbol):
+        return 2.0
     sizes = [_digits(argument) for argument in expr.args]
     largest = max(sizes, default=1.0)
     if largest > MAX_DIGITS:
@@ -118,6 +121,7 @@ def same(gold: Value, answer: Value, scale: typing.Any = 1) -> bool:
 
 
 def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
+    """By parts where there are parts, each of them by ``_same_expression``, and by math-verify where that cannot tell."""
     gold, answer = _unwrapped(gold, answer)
     if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq) and gold.lhs == answer.lhs:
         return _same(gold.rhs, answer.rhs, decimal)
@@ -126,8 +130,9 @@ def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
         pairs = zip(*map(_forwards, chains), strict=True)
         if all(a[2] == b[2] and _same(a[0], b[0], decimal) and _same(a[1], b[1], decimal) for a, b in pairs):
             return True
-    if isinstance(gold, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
-        return getattr(gold, "shape", 0) == getattr(answer, "shape", 1) and _each(gold.flat(), answer.flat(), decimal)
+    matrices = [expr for expr in (gold, answer) if isinstance(expr, sympy.MatrixBase)]
+    if matrices:
+        return len({m.shape for m in matrices}) == 1 < len(matrices) and _each(*map(list, matrices), decimal)
     if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
         ends = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
         return ends and _each(gold.args[:2], answer.args[:2], decimal)
@@ -152,7 +157,7 @@ def _unwrapped(gold: typing.Any, answer: typing.Any) -> tuple[typing.Any, typing
 
 def _chain(expr: typing.Any) -> list[tuple[typing.Any, typing.Any, bool]]:
     """Inequalities as (smaller, larger, strict), whichever way they were written; empty for anything else."""
-    links = expr._unsorted_args if isinstance(expr, grader.And) else (expr,)
+    links = getattr(expr, "_unsorted_args", ()) if isinstance(expr, grader.And) else (expr,)
     chain = []
     for link in links:
         if isinstance(link, sympy.StrictLessThan | sympy.LessThan):
@@ -186,11 +191,11 @@ def _several(gold: typing.Any, answer: typing.Any) -> tuple[typing.Any, ...] | N
     return (_matched if unordered else _each), *lists
 
 
-def _each(gold: typing.Sequence, answer: typing.Sequence, decimal: bool) -> bool:
+def _each(gold: Sequence, answer: Sequence, decimal: bool) -> bool:
     return len(gold) == len(answer) and all(_same(g, a, decimal) for g, a in zip(gold, answer, strict=True))
 
 
-def _matched(gold: typing.Sequence, answer: typing.Sequence, decimal: bool) -> bool:
+def _matched(gold: Sequence, answer: Sequence, decimal: bool) -> bool:
     """Each of one is another of the other: taken greedily, which is right where sameness is transitive."""
     left = list(answer)
     for item in gold:
@@ -209,7 +214,6 @@ def _same_expression(gold: typing.Any, answer: typing.Any, decimal: bool) -> boo
     if sympy.Symbol in (type(gold), type(answer)) and grader.sympy_compare_symbols(gold, answer):
         return True  # \text{AB} and AB
     for point in range(POINTS):
-        # Of both signs, so that |x| is not x; fractions without a pattern, so that nothing cancels by accident.
         at = {symbol: _coordinate(point, number) for number, symbol in enumerate(symbols, start=1)}
         g, a = gold.subs(at), answer.subs(at)
         g_number, a_number = sympy.N(g, 15), sympy.N(a, 15)
@@ -221,6 +225,7 @@ def _same_expression(gold: typing.Any, answer: typing.Any, decimal: bool) -> boo
 
 
 def _coordinate(point: int, number: int) -> typing.Any:
+    """Of both signs, so that |x| is not x; fractions between 1 and 7, so that powers of powers stay small."""
     return sympy.Rational((-1) ** (point * number) * (4 + 3 * number + 11 * point), 3 + 2 * number + point)
 
 
@@ -239,7 +244,7 @@ def _same_number(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
     difference, size = (sympy.Abs(sympy.N(e, 30, maxn=2000)) for e in (gold - answer, gold))
     if not (difference.is_Float or difference.is_zero) or not (size.is_Float or size.is_zero):
         return False
-    if difference <= 1e-25 * size or difference.is_zero or difference._prec == 1:  # no digit of it is known: it is 0
+    if difference <= 1e-25 * size or getattr(difference, "_prec", 1) == 1:  # no digit of it is known: it is 0
         return True
     if not decimal or size.is_zero:
         return False
