@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 
 from rl_reason.tasks import math_value
+from rl_reason.tasks.math_latex import MAX_LEN
 from rl_reason.tasks.math_text import box_or_mark, box_or_words_or_number, last_box, normalise
 from rl_reason.tasks.math_units import split_unit
 
@@ -52,6 +53,8 @@ def equivalent(gold: str | None, answer: str | None) -> bool:
         return False
     if normalise(gold) == normalise(answer):
         return True
+    if max(len(gold), len(answer)) > MAX_LEN:
+        return False
     (gold_text, gold_unit), (text, unit) = split_unit(gold), split_unit(answer)
     scale = 1
     if gold_unit and unit and gold_unit[1] and unit[1]:
@@ -81,7 +84,7 @@ def compute_score(
             "is right."
         )
     answer = extract(solution_str, "equivalence")
-    right = any(equivalent(str(gold), answer) for gold in golds)
+    right = any(equivalent(last_box(str(gold)) or str(gold), answer) for gold in golds)
     return {"score": float(right), "extracted": float(answer is not None), "pred": answer or ""}
 
 

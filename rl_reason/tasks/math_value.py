@@ -130,9 +130,10 @@ def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
         pairs = zip(*map(_forwards, chains), strict=True)
         if all(a[2] == b[2] and _same(a[0], b[0], decimal) and _same(a[1], b[1], decimal) for a, b in pairs):
             return True
-    matrices = [expr for expr in (gold, answer) if isinstance(expr, sympy.MatrixBase)]
+    matrices = [(expr.shape, list(expr)) for expr in (gold, answer) if isinstance(expr, sympy.MatrixBase)]
     if matrices:
-        return len({m.shape for m in matrices}) == 1 < len(matrices) and _each(*map(list, matrices), decimal)
+        (shape, cells), (answer_shape, answer_cells) = matrices[0], matrices[-1]
+        return len(matrices) == 2 and shape == answer_shape and _each(cells, answer_cells, decimal)
     if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
         ends = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
         return ends and _each(gold.args[:2], answer.args[:2], decimal)

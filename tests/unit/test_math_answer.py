@@ -10,7 +10,7 @@ import time
 
 import pytest
 import sympy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_reason.tasks import math_value
@@ -60,19 +60,29 @@ def test_extract(text, v1, v2, equivalence):
     assert (extract(text, "v1"), extract(text, "v2"), extract(text, "equivalence")) == (v1, v2, equivalence)
 
 
-@given(st.text(st.sampled_from(["\\boxed{", "\\fbox {", "{", "}", "\\{", "\\\\", "#", "1", " ", "\n", "İ", "x"])))
-def test_extract_never_raises(text):
+@given(
+    st.lists(
+        st.sampled_from(["\\boxed{", "\\fbox {", "{", "}", "\\{", "\\\\", "####", "1", " ", "\n", "İ", "answer is"])
+    )
+)
+def test_extract_never_raises(pieces):
+    text = "".join(pieces)
     for rule in ("v1", "v2", "equivalence"):
         answer = extract(text, rule)
-        assert (answer or rule == "v1") if answer is not None else rule != "v1"
+        assert answer is not None if rule == "v1" else answer != ""
 
 
 BALANCED = st.recursive(
-    st.text("ab1+ ", min_size=1), lambda inner: inner.map("{{{}}}".format) | st.tuples(inner, inner).map("".join)
+    st.text("ab1+ ", min_size=1), lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{%s}" % "}{".join(parts)), max_leaves=5
+)  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(
+    st.text(max_size=20),
+    BALANCED.filter(str.strip),
+    st.text("ab}{ \\", max_size=20).filter(lambda text: "box" not in text),
 )
-
-
-@given(st.text(), BALANCED.filter(str.strip), st.text("ab}{ \\").filter(lambda text: "box" not in text))
 def test_the_last_complete_box_wins(before, inside, after):
     assert extract(f"{before} \\boxed{{0}}\\boxed{{{inside}}}{after}", "v2") == inside.strip()
 
@@ -272,28 +282,37 @@ HUGE = [
 ]
 
 
-def no_execution(*arguments, **keywords):
-    raise AssertionError("text was executed")
+@pytest.fixture
+def executed(monkeypatch):
+    """What was handed to eval, exec or sympy's parser: parse_expr and lambdify come down to these."""
+    texts = []
+
+    def record(text, *arguments, **keywords):
+        texts.append(text)
+        raise AssertionError("text was executed")
+
+    for name in ("builtins.eval", "builtins.exec", "sympy.parsing.sympy_parser.parse_expr"):
+        monkeypatch.setattr(name, record)
+    math_value.read.cache_clear()
+    return texts
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_never_executed(text, tmp_path, monkeypatch):
+def test_hostile_text_is_never_executed(text, tmp_path, executed):
     path = tmp_path / "executed"
-    for name in ("eval", "exec"):  # what parse_expr and lambdify come down to
-        monkeypatch.setattr(f"builtins.{name}", no_execution)
-    monkeypatch.setattr("sympy.parsing.sympy_parser.parse_expr", no_execution)
+    text = text.format(path=path)
     for gold in ("5", "x + 5"):
-        assert not equivalent(gold, text.format(path=path))
-        assert compute_score("s", rf"\boxed{{{text.format(path=path)}}}", gold)["score"] == 0
-    assert len(answer_classes([text.format(path=path), "5"], "v2")) == 2
-    assert not path.exists()
+        assert not equivalent(gold, text)
+        assert compute_score("s", rf"\boxed{{{text}}}", gold)["score"] == 0
+    assert answer_classes([text, "5"], "v2") == [0, 1]
+    assert not executed and not path.exists()
 
 
-def test_what_is_read_is_read_without_evaluating_text(monkeypatch):
-    monkeypatch.setattr("sympy.core.sympify.sympify", no_execution)
-    monkeypatch.setattr("builtins.eval", no_execution)
-    for text in ("1.5", r"\frac{3}{4}", "1,234", "2e-5", r"50\%", "(1, 2.5)"):
-        assert math_value.read.__wrapped__(text) is not None
+@pytest.mark.parametrize("text", ["1.5", r"\frac{3}{4}", "1,234", "2e-5", r"50\%", "(1, 2.5)", "f(x)=x", "x_1"])
+def test_what_is_read_is_not_executed_either(text, executed):
+    assert math_value.read(text) is not None
+    assert equivalent("1/3 + x", text) is False
+    assert not executed
 
 
 def test_evaluating_a_sum_would_execute_the_names_of_its_symbols(capfd):
@@ -317,11 +336,11 @@ def job(answer: str, truth: object) -> Job:
 
 def test_an_answer_that_keeps_sympy_busy_costs_its_own_verdict_alone():
     slow = job(r"\sin(x)^{50}+\cos(xy)^{51}=\tan(x)^{7}", "x^2+y^2=1")
-    with VerifierPool(1, 1.5) as pool:
+    with VerifierPool(1, 3.0) as pool:
         right, hostile, busy, after = pool.score([job("0.5", "1/2"), job("9**9**9**9", "5"), slow, job("2", 3)])
     assert right == (1.0, True, "pred=0.5", (("extracted", 1.0),))
     assert hostile[:2] == (0.0, True) and after[:2] == (0.0, True)
-    assert not busy.valid and "no verdict within 1.5 s" in busy.why
+    assert not busy.valid and "no verdict within 3 s" in busy.why
 
 
 # Scores
@@ -370,7 +389,7 @@ def test_identify_compares_with_the_first_of_each_class():
     ("rule", "classes"),
     [
         ("v1", [0, 0, 1, 2, 3, -1, 4, 5, 0]),
-        ("v2", [0, 0, 1, 2, 3, -1, 0, 4, 0]),
+        ("v2", [0, 0, 0, 1, 2, -1, 0, 3, 0]),
         ("equivalence", [0, 0, 0, 1, -1, -1, 0, 2, 0]),
     ],
 )
@@ -380,7 +399,8 @@ def test_answer_classes(rule, classes):
     assert answer_classes(texts, rule) == classes
 
 
-@given(st.lists(st.sampled_from(["1", "2", "1.0", "x", "1 m", None])))
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(["1", "2", "1.0", "x", "1 m", None]), max_size=8))
 def test_classes_are_numbered_as_they_appear(texts):
     for rule in ("v1", "v2", "equivalence"):
         classes = answer_classes(texts, rule)
