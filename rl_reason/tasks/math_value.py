@@ -130,7 +130,7 @@ def _same(gold: typing.Any, answer: typing.Any, decimal: bool) -> bool:
         pairs = zip(*map(_forwards, chains), strict=True)
         if all(a[2] == b[2] and _same(a[0], b[0], decimal) and _same(a[1], b[1], decimal) for a, b in pairs):
             return True
-    matrices = [(expr.shape, list(expr)) for expr in (gold, answer) if isinstance(expr, sympy.MatrixBase)]
+    matrices = [(expr.shape, expr.flat()) for expr in (gold, answer) if isinstance(expr, sympy.MatrixBase)]
     if matrices:
         (shape, cells), (answer_shape, answer_cells) = matrices[0], matrices[-1]
         return len(matrices) == 2 and shape == answer_shape and _each(cells, answer_cells, decimal)

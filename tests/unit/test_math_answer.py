@@ -3,6 +3,7 @@ r"""Mathematical answers: what is taken for one, which are the same, and that no
 The faults of math-verify 0.9.0 that are mended or kept here are listed in docs/papers.md, "Comparing answers".
 """
 
+import builtins
 import itertools
 import subprocess
 import sys
@@ -73,8 +74,10 @@ def test_extract_never_raises(pieces):
 
 
 BALANCED = st.recursive(
-    st.text("ab1+ ", min_size=1), lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{%s}" % "}{".join(parts)), max_leaves=5
-)  # fmt: skip
+    st.text("ab1+ ", min_size=1),
+    lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{" + "}{".join(parts) + "}"),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=50)
@@ -87,9 +90,7 @@ def test_the_last_complete_box_wins(before, inside, after):
     assert extract(f"{before} \\boxed{{0}}\\boxed{{{inside}}}{after}", "v2") == inside.strip()
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "}", r"\boxed{", r"\boxed", r"\boxed  ", "####", "answer is ", "1", "-1.", "\\", "{}", r"\boxed{}"]
-)
+@pytest.mark.parametrize("text", ["{", r"\boxed{", r"\boxed  ", "answer is ", "-1.", r"\boxed{}"])
 def test_extract_takes_linear_time(text):
     begin = time.monotonic()
     for rule in ("v1", "v2", "equivalence"):
@@ -284,17 +285,32 @@ HUGE = [
 
 @pytest.fixture
 def executed(monkeypatch):
-    """What was handed to eval, exec or sympy's parser: parse_expr and lambdify come down to these."""
+    """What text was compiled or evaluated, by Python or by sympy."""
     texts = []
 
-    def record(text, *arguments, **keywords):
-        texts.append(text)
-        raise AssertionError("text was executed")
+    def watch(module, name):
+        was = getattr(module, name)
 
-    for name in ("builtins.eval", "builtins.exec", "sympy.parsing.sympy_parser.parse_expr"):
-        monkeypatch.setattr(name, record)
+        def watched(text, *arguments, **keywords):
+            if module is not builtins or isinstance(text, str):  # imports execute code objects
+                texts.append(text)
+            return was(text, *arguments, **keywords)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("eval", "exec", "compile"):
+        watch(builtins, name)
+    watch(sys.modules["sympy.parsing.sympy_parser"], "parse_expr")
+    watch(sys.modules["sympy.utilities.lambdify"], "lambdify")
     math_value.read.cache_clear()
     return texts
+
+
+def test_executed_sees_what_sympy_executes(executed):
+    sympy.Number("1.5")
+    n = sympy.Symbol("n", integer=True)
+    sympy.Sum(1 / sympy.factorial(n), (n, 0, sympy.oo)).evalf()
+    assert "1.5" in executed and any("lambdify" in str(text) for text in executed)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -336,11 +352,11 @@ def job(answer: str, truth: object) -> Job:
 
 def test_an_answer_that_keeps_sympy_busy_costs_its_own_verdict_alone():
     slow = job(r"\sin(x)^{50}+\cos(xy)^{51}=\tan(x)^{7}", "x^2+y^2=1")
-    with VerifierPool(1, 3.0) as pool:
+    with VerifierPool(1, 2.0) as pool:
         right, hostile, busy, after = pool.score([job("0.5", "1/2"), job("9**9**9**9", "5"), slow, job("2", 3)])
     assert right == (1.0, True, "pred=0.5", (("extracted", 1.0),))
     assert hostile[:2] == (0.0, True) and after[:2] == (0.0, True)
-    assert not busy.valid and "no verdict within 3 s" in busy.why
+    assert not busy.valid and "no verdict within 2 s" in busy.why
 
 
 # Scores
