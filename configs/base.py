@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> Config:
         tasks=("add", "sub", "dfa"),
         levels=((2,), (2,), (1, 2)),  # one tuple a task, () for all. One-digit sums are too few to hold any out
         weights=config_dict.placeholder(tuple),
+        num_examples=0,  # so many problems of the tasks, again and again; 0: always new ones
         files=(),
         heldout_files=(),
         verifier=config_dict.placeholder(object),
@@ -131,7 +132,13 @@ def get_config(arg: str = "") -> Config:
         max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
     )
 
-    config.evaluation = dict(num_prompts=256, num_samples=4, every=0, num_slots=256)  # every: steps; 0: ends only
+    config.evaluation = dict(
+        split="heldout",  # or "train": the problems that are trained on, for learning without labels
+        num_prompts=256,
+        num_samples=4,
+        every=0,  # steps; 0: ends only
+        num_slots=256,
+    )
     config.checkpoint = dict(every=40, keep=2)  # steps between checkpoints; the last step is always saved
     config.log = dict(
         rollout_groups=2,  # groups of each step written to rollouts/; -1: all

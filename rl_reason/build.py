@@ -41,7 +41,7 @@ class Experiment:
     mesh: Mesh
     tokenizer: Tokenizer
     train: Source
-    heldout: Source
+    heldout: Source  # what is evaluated: ``config.evaluation.split``
     parts: Parts
     supervised: Parts  # the same model with the warm-up's optimizer
 
@@ -65,7 +65,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     _check_run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
-    train, heldout = (make_source_of(config, tokenizer, split) for split in ("train", "heldout"))
+    train = make_source_of(config, tokenizer, "train")
+    heldout = make_source_of(config, tokenizer, config.evaluation.split)
     for name in train.verifiers:
         check_verifier(name)
     if config.verify == "graph":
@@ -123,6 +124,8 @@ def _check_run(config: Config) -> None:
         raise ValueError(f"config.loop={config.loop!r}; there are {', '.join(LOOPS)}.")
     if config.verify not in VERIFY:
         raise ValueError(f"config.verify={config.verify!r}; there are {', '.join(VERIFY)}.")
+    if config.evaluation.split not in ("heldout", "train"):
+        raise ValueError(f"config.evaluation.split={config.evaluation.split!r}; there are heldout, train.")
     if config.objective_scope not in ("minibatch", "microbatch"):
         raise ValueError(f"config.objective_scope={config.objective_scope!r}; there are minibatch, microbatch.")
     per_call = config.steps_per_call

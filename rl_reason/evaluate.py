@@ -344,6 +344,26 @@ def metrics(answered: Sequence[Answered]) -> Mapping[str, float]:
     return out
 
 
+def flips(before: Sequence[Answered], after: Sequence[Answered]) -> dict[str, float]:
+    """Which questions' majorities changed sides: a harm audit; {} with fewer than two samples a prompt.
+
+    Questions whose majority has no verdict are left out; {} also when that is all of them.
+    """
+    if not before or len(before[0].correct) < 2:
+        return {}
+    sides = np.array([[majority(a), majority(b)] for a, b in zip(before, after, strict=True)])
+    was, now = (sides[~np.isnan(sides).any(1)] > 0.5).T
+    if not len(was):
+        return {}
+    return {
+        "before": float(was.mean()),
+        "after": float(now.mean()),
+        "right_to_wrong": int((was & ~now).sum()),
+        "wrong_to_right": int((~was & now).sum()),
+        "num_samples": len(before[0].correct),
+    }
+
+
 RECORDED = ("completions", "answers", "correct", "truncated", "num_tokens")
 
 

@@ -66,9 +66,8 @@ def train(session: Session) -> Summary | None:
     with jax.set_mesh(experiment.mesh):
         evaluator = None
         if e.num_prompts:
-            evaluator = evaluate.Evaluator(
-                experiment, experiment.heldout, session.pool, **{k: v for k, v in e.items() if k != "every"}
-            )
+            sizes = {k: v for k, v in e.items() if k not in ("every", "split")}
+            evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
         if saved is None:
             params = _warm_up(session)
             before = _evaluate(session, evaluator, params, "before")
@@ -256,7 +255,11 @@ def _finish(session: Session, before: list[evaluate.Answered], after: list[evalu
     """Summary, report and the closing words."""
     seconds = {"wall": session.wall_seconds, "warm-up": session.warmup_seconds, "compile": session.clock.seconds}
     summary = summarise(
-        evaluate.by_task(before), evaluate.by_task(after), seconds=seconds, transcripts=_transcripts(before, after)
+        evaluate.by_task(before),
+        evaluate.by_task(after),
+        seconds=seconds,
+        transcripts=_transcripts(before, after),
+        majority=evaluate.flips(before, after),
     )
     summary.save(session.run.summary)
     try:

@@ -17,6 +17,7 @@ def make_source(
     tasks: Sequence[str] = (),
     levels: Sequence[Sequence[int]] | None = None,
     weights: Sequence[float | int] | None = None,
+    num_examples: int = 0,
     files: Sequence[str] = (),
     heldout_files: Sequence[str] = (),
     verifier: str | Mapping[str, str] | None = None,
@@ -50,10 +51,19 @@ def make_source(
             raise ValueError(
                 f"data.{misplaced[0]} goes with data.files; tasks split by content and verify themselves."
             )
-        return TaskSource(tasks, seed=seed, split=split, levels=levels or None, weights=weights)
-    if levels or weights:
+        endless = num_examples == 0 or split == "heldout"
+        return TaskSource(
+            tasks,
+            seed=seed,
+            split=split,
+            levels=levels or None,
+            weights=weights,
+            num_examples=None if endless else num_examples,
+        )
+    if levels or weights or num_examples:
         raise ValueError(
-            "data.levels and data.weights go with data.tasks; set them to (), and repeat a file in data.files to weigh it."
+            "data.levels, data.weights and data.num_examples go with data.tasks; leave them empty, and repeat a file in "
+            "data.files to weigh it."
         )
     if verifier is None:
         raise ValueError(

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 
 from rl_reason import tasks as tasks_by_name
-from rl_reason.data.example import Example, check_split, digest, mix
+from rl_reason.data.example import Example, check_split, digest, mix, permuted
 from rl_reason.tasks.base import Task, draw
 
 
@@ -36,6 +36,8 @@ def load_task(name: str) -> Task:
 class TaskSource:
     """Problems drawn by key; ``weights`` apply to tasks, a task's levels are equally likely.
 
+    Endless, or the same ``num_examples`` draws again in every epoch, each epoch in an order of its own.
+
     A demonstration is the oracle's worked completion and a reference its answer.
     """
 
@@ -47,6 +49,7 @@ class TaskSource:
         split: str,
         levels: Sequence[Sequence[int]] | None = None,
         weights: Sequence[float | int] | None = None,
+        num_examples: int | None = None,
     ):
         """``levels``: for each task those to draw from (default all); ``weights``: one a task (default equal).
 
@@ -58,14 +61,21 @@ class TaskSource:
         self._levels = _levels(self._tasks, levels)
         self._cumulative = _cumulative(tasks, weights)
         self._seed, self._split = seed, split
-        self.num_examples: int | None = None
+        if num_examples is not None and num_examples < 1:
+            raise ValueError(f"data.num_examples={num_examples}; use at least 1, or 0 for an endless supply.")
+        self.num_examples: int | None = num_examples
         self.names = tuple(task.name for task in self._tasks)
         self.verifiers = tuple(tasks)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"data.tasks names a task twice: {', '.join(self.names)}; use data.weights instead.")
-        self.fingerprint = digest("tasks", self.verifiers, self.names, self._levels, self._cumulative, seed, split)
+        self.fingerprint = digest(
+            "tasks", self.verifiers, self.names, self._levels, self._cumulative, seed, split, num_examples
+        )
 
     def example(self, uid: int) -> Example:
+        if self.num_examples is not None:
+            epoch, place = divmod(uid, self.num_examples)
+            uid = permuted(place, self.num_examples, mix(self._seed, epoch)) if epoch else place
         word = mix(self._seed, self._split == "heldout", uid)
         route = bisect.bisect_right(self._cumulative, word / 2**64, hi=len(self._tasks) - 1)
         task, levels = self._tasks[route], self._levels[route]

@@ -26,6 +26,8 @@ def print_summary(display: Display, name: str, summary: Summary, paths: Mapping[
     parts: list[rich.console.RenderableType] = []
     if summary.tasks:
         parts.append(_accuracies(display, summary.tasks))
+    if summary.majority:
+        parts.append(rich.text.Text(majority_line(summary.majority)))
     times = "   ".join(f"{label} {duration(value)}" for label, value in summary.seconds.items())
     if times:
         parts.append(rich.text.Text(f"\n{times}" if parts else times, "dim"))
@@ -62,6 +64,18 @@ def _accuracies(display: Display, tasks: Mapping[str, Comparison]) -> rich.table
         style = "bold" if last else ""
         table.add_row(rich.text.Text(visible(task)), str(row.after.count), *cells, gain_text, style=style)
     return table
+
+
+def majority_line(majority: Mapping[str, float]) -> str:
+    """How votes over a question's samples changed.
+
+    >>> majority_line(dict(before=0.5, after=0.75, right_to_wrong=1, wrong_to_right=3, num_samples=4))
+    'majority of 4: 50.0 -> 75.0 %; 3 questions from wrong to right, 1 from right to wrong'
+    """
+    return (
+        f"majority of {majority['num_samples']}: {100 * majority['before']:.1f} -> {100 * majority['after']:.1f} %; "
+        f"{majority['wrong_to_right']} questions from wrong to right, {majority['right_to_wrong']} from right to wrong"
+    )
 
 
 def _print_transcript(display: Display, transcript: Transcript) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from rl_reason.report.closing import shorten
+from rl_reason.report.closing import majority_line, shorten
 from rl_reason.report.console import duration, human
 from rl_reason.report.files import to_json, visible, write_atomic
 from rl_reason.report.metrics import read_metrics
@@ -160,6 +160,8 @@ def _header(data: RunData, config: Mapping[str, typing.Any]) -> str:
             f"<p class=headline>Held-out accuracy <b>{_share(best.before.value)} → {_share(best.after.value)}</b>"
             f", {_gain(best)} points</p>"
         )
+        if data.summary.majority:
+            parts.append(f"<p class=dim>{_text(majority_line(data.summary.majority))}</p>")
     parts.append(f"<p class=dim>{_text(' · '.join(facts))}<br>written {_now()}</p>")
     return "".join(parts)
 

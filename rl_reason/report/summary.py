@@ -106,6 +106,7 @@ class Summary:
     tasks: dict[str, Comparison]
     seconds: dict[str, float]  # "wall", "warm-up", "compile" and the like
     transcripts: list[Transcript] = dataclasses.field(default_factory=list)
+    majority: dict[str, float] = dataclasses.field(default_factory=dict)  # before, after, right_to_wrong, ...
 
     @property
     def headline(self) -> Comparison | None:
@@ -130,6 +131,7 @@ def summarise(
     *,
     seconds: Mapping[str, typing.SupportsFloat],
     transcripts: Iterable[Transcript] = (),
+    majority: Mapping[str, float] | None = None,
 ) -> Summary:
     """A summary of outcomes by task, one a problem, in [0, 1].
 
@@ -142,7 +144,8 @@ def summarise(
     if len(tasks) > 1:
         pooled = [np.concatenate([np.asarray(side[task], np.float64) for task in before]) for side in (before, after)]
         tasks[OVERALL] = Comparison(accuracy(pooled[0]), accuracy(pooled[1]))
-    return Summary(tasks, {name: float(value) for name, value in seconds.items()}, list(transcripts))
+    times = {name: float(value) for name, value in seconds.items()}
+    return Summary(tasks, times, list(transcripts), dict(majority or {}))
 
 
 def load_summary(path: pathlib.Path) -> Summary | None:
@@ -162,4 +165,5 @@ def load_summary(path: pathlib.Path) -> Summary | None:
             Transcript(**{**record, "before": Answer(**record["before"]), "after": Answer(**record["after"])})
             for record in data["transcripts"]
         ],
+        data.get("majority", {}),
     )
