@@ -12,17 +12,17 @@ ARGS = base.ARGS
 
 def get_config(arg: str = "") -> Config:
     config = base.get_config(arg)
-    # DAPO trains on 512 of 1536 generated prompts, in at most 10 rounds (verl's 32B script); lengths there are 20480 and 4096.
+    # verl's 32B script trains on 512 of 1536 generated prompts and draws at most 10 rounds of them.
     config.batch.generated_prompts = config.batch.prompts_per_step * 3 // 2  # guess
     config.batch.max_rounds = 2  # guess
     config.selection = call("group_filter.mixed", low=0.0, high=1.0)
-    limit = config.rollout.completion_len
+    limit = config.rollout.get_ref("completion_len")  # follows an override
     config.reward = call(
         "overlong.reward",
         right=1.0,  # verl's DAPO scripts
         wrong=-1.0,
         max_len_tokens=limit,
-        buffer_len_tokens=limit // 5,  # DAPO's share of the limit; guess at this length
+        buffer_len_tokens=limit // 5,  # DAPO's share, 4096 of 20480; guess at this length
         penalty_factor=1.0,
     )
     config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's

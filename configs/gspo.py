@@ -16,7 +16,8 @@ def get_config(arg: str = "") -> Config:
     config = base.get_config(arg)
     config.objective = call(
         "gspo.objective",
-        # The paper's 3e-4 and 4e-4 are for completions of thousands of tokens. The mean of some twenty log-ratios moves more.
+        # The paper's 3e-4 and 4e-4 are for completions of thousands of tokens; a mean of some twenty log-ratios moves
+        # more, and so does a small model.
         clip_eps_low=0.03,  # guess
         clip_eps_high=0.04,  # guess
     )
