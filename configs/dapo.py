@@ -26,8 +26,7 @@ def get_config(arg: str = "") -> Config:
         penalty_factor=1.0,
     )
     config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's
-    config.objective = call(
-        "grpo.objective", clip_eps_low=0.2, clip_eps_high=0.28, dual_clip_ratio=10.0
-    )  # its scripts
+    # The clip is the paper's, the dual clip its scripts'.
+    config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.28, dual_clip_ratio=10.0)
     config.aggregation.policy = term("token_mean")
     return config
