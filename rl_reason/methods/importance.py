@@ -86,7 +86,7 @@ def _none_above(weight: Float[Array, "N T"], max_weight: float) -> Float[Array, 
 
 def _bound(max_weight: float) -> float:
     if not max_weight > 0:
-        raise ValueError(f"max_weight={max_weight} must be above 0: no sample would teach anything. 2 is usual.")
+        raise ValueError(f"max_weight={max_weight} must be above 0: no sample would teach anything.")
     return max_weight
 
 
