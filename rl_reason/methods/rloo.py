@@ -13,8 +13,8 @@ def advantages(rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float
     gets 0, where verl gives it its raw reward.
 
     >>> import jax.numpy as jnp
-    >>> advantages(jnp.array([[1.0, 0.0, 0.0]]), jnp.ones((1, 3), bool)).tolist()
-    [[1.0, -0.5, -0.5]]
+    >>> advantages(jnp.array([[3.0, 0.0]]), jnp.ones((1, 2), bool)).tolist()
+    [[3.0, -3.0]]
     """
     centred, count, _ = group_centred(rewards, valid)
     return centred * count / jnp.maximum(count - 1, 1)
