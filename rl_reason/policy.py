@@ -1,10 +1,11 @@
-"""What several methods share: ratios, clipping, KL estimators, group statistics."""
+"""What several methods share: ratios, clipping, KL estimators, group statistics, verdicts as rewards."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rl_reason.masked import masked_mean, masked_sum
+from rl_reason.types import Rewards
 
 LOG_RATIO_LIMIT = 20.0  # nats; exp stays finite in fp32
 
@@ -75,3 +76,9 @@ def group_centred(
     mean = masked_sum(rewards, valid, axis=-1)[:, None] / jnp.maximum(count, 1)
     equal = highest <= lowest  # the mean of equal rewards may round away from them
     return jnp.where(valid & ~equal, rewards - mean, 0.0), count.astype(rewards.dtype), equal
+
+
+def verdict_rewards(score: Float[Array, " N"], valid: Bool[Array, " N"], right: float, wrong: float) -> Rewards:
+    """wrong + (right - wrong) * score; ``correct`` is whether the score is full. Invalid rows get ``wrong``."""
+    score = jnp.where(valid, score, 0.0)
+    return Rewards(total=wrong + (right - wrong) * score, correct=(score >= 1.0).astype(score.dtype), valid=valid)

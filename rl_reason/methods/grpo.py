@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rl_reason.policy import dual_clip, group_centred, ppo_losses, ppo_metrics, probability_ratio
+from rl_reason.masked import masked_sum
+from rl_reason.policy import dual_clip, group_centred, kl_estimate, ppo_losses, ppo_metrics, probability_ratio
 from rl_reason.types import Metrics
 
 
@@ -26,6 +27,28 @@ def advantages(
     variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
     std = jnp.sqrt(jnp.where(equal, 1.0, variance))
     return centred / (std + std_eps)
+
+
+def advantages_with_kl(
+    rewards: Float[Array, "B G"],
+    valid: Bool[Array, "B G"],
+    completion_mask: Bool[Array, "N T"],
+    old_logprobs: Float[Array, "N T"],
+    ref_logprobs: Float[Array, "N T"],
+    *,
+    divide_by_std: bool,
+    ddof: int,
+    std_eps: float,
+    kl_estimator: str,
+    kl_coef: float,
+) -> Float[Array, "B G"]:
+    """``advantages`` of R - kl_coef sum_t KL_t, estimates of KL(old || ref) in nats: KL in the reward (verl: k1, 0.001).
+
+    A group of equal verdicts then has a gradient, towards the reference.
+    """
+    kl = masked_sum(kl_estimate(old_logprobs, ref_logprobs, kl_estimator), completion_mask, axis=1)
+    penalised = rewards - kl_coef * kl.reshape(rewards.shape)
+    return advantages(penalised, valid, divide_by_std=divide_by_std, ddof=ddof, std_eps=std_eps)
 
 
 def objective(

@@ -143,3 +143,31 @@ def test_verdict_reward():
     np.testing.assert_array_equal(rewards.total, [1, 0, -1, -1])
     np.testing.assert_array_equal(rewards.correct, [1, 0, 0, 0])
     np.testing.assert_array_equal(rewards.valid, [True, True, True, False])
+
+
+def test_kl_in_the_reward():
+    # old - ref 0.1 0.2 0.3 | 0.4 -0.2, k1 sums 0.6 and 0.2, coefficient 0.5: rewards 1 0 become 0.7 -0.1, mean 0.3,
+    # centred +-0.4, variance 0.32, std 0.565685. Off the mask nothing is read.
+    nan = jnp.nan
+    old, ref = jnp.array([[-1.0, -1, -1], [-1, -1, nan]]), jnp.array([[-1.1, -1.2, -1.3], [-1.4, -0.8, nan]])
+    r = group(1, 0)
+    run = functools.partial(grpo.advantages_with_kl, r, all_valid(r), MASK, old, ref, ddof=1, std_eps=0.0)
+    got = run(divide_by_std=False, kl_estimator="k1", kl_coef=0.5)
+    np.testing.assert_allclose(got, [[0.4, -0.4]], atol=1e-6)
+    got = run(divide_by_std=True, kl_estimator="k1", kl_coef=0.5)
+    np.testing.assert_allclose(got, [[0.707107, -0.707107]], atol=1e-6)
+    # k2: (0.01 + 0.04 + 0.09) / 2 = 0.07 and (0.16 + 0.04) / 2 = 0.1: 1 - 0.035 and 0 - 0.05, +-0.5075.
+    got = run(divide_by_std=False, kl_estimator="k2", kl_coef=0.5)
+    np.testing.assert_allclose(got, [[0.5075, -0.5075]], atol=1e-6)
+    free = run(divide_by_std=True, kl_estimator="k1", kl_coef=0.0)
+    np.testing.assert_array_equal(free, grpo.advantages(r, all_valid(r), divide_by_std=True, ddof=1, std_eps=0.0))
+
+
+def test_kl_in_the_reward_moves_a_group_of_equal_verdicts():
+    # Verdicts 1 1 with k1 sums 0.6 and 0.2: 1 - 0.06 and 1 - 0.02, +-0.02; at the reference itself exactly 0.
+    old, ref = jnp.full((2, 3), -1.0), jnp.array([[-1.1, -1.2, -1.3], [-1.4, -0.8, 0]])
+    r = group(1, 1)
+    run = functools.partial(grpo.advantages_with_kl, r, all_valid(r), MASK, old, divide_by_std=False, ddof=1)
+    got = run(ref, std_eps=0.0, kl_estimator="k1", kl_coef=0.1)
+    np.testing.assert_allclose(got, [[-0.02, 0.02]], atol=1e-6)
+    np.testing.assert_array_equal(run(old, std_eps=0.0, kl_estimator="k1", kl_coef=0.1), 0.0)

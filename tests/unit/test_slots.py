@@ -39,7 +39,7 @@ def test_resolves_and_calls_with_what_it_asks_for():
         ("objective", "grpo.objective", GRPO | dict(zebra=1), "missing [], unknown ['zebra']. Hyperparameters"),
         ("objective", "gropo.objective", GRPO, "no module rl_reason/methods/gropo.py. Did you mean 'grpo'?"),
         ("objective", "grpo.objectiv", GRPO, "grpo has no function 'objectiv'. Did you mean 'objective'?"),
-        ("objective", "grpo", GRPO, "grpo has no function ''. It has: advantages, objective."),
+        ("objective", "grpo", GRPO, "grpo has no function ''. It has: advantages, advantages_with_kl, objective."),
         ("objective", "grpo.ppo_losses", GRPO, "grpo has no function 'ppo_losses'"),  # imported there, not its own
         (
             "correction",
