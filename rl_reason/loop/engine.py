@@ -89,7 +89,7 @@ class Split:
         outputs, clocks = [], []
         steps = prompts.prompt_len.shape[0]
         for k in range(steps):
-            clock = _Clock()
+            clock = Clock()
             batch = jax.tree.map(lambda x, k=k: x[k], prompts)
             if self._parts.plan.max_rounds > 1:
                 state, out = self._step_in_rounds(state, batch, sampling, clock)
@@ -101,7 +101,7 @@ class Split:
         metrics, sampled = jax.tree.map(lambda *x: np.stack(x), *outputs)
         return Advanced(state, metrics, sampled, {name: sum(c[name] for c in clocks) / steps for name in clocks[0]})
 
-    def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+    def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
         drawn = (batch, *self._draw(state, batch, sampling))
         if self.draws_ahead:
             drawn, self.pending = self.pending, drawn
@@ -113,7 +113,7 @@ class Split:
         state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
         return state, (metrics, sampled)
 
-    def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+    def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
         """Rounds of sampling until enough groups are kept, or max_rounds; as ``chunk`` does inside the program."""
         plan = self._parts.plan
         gathered: Round | None = None
@@ -153,7 +153,7 @@ class Split:
         return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0))
 
 
-class _Clock:
+class Clock:
     """Seconds of a step's parts; what is marked again adds up."""
 
     def __init__(self):
