@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -12,11 +13,13 @@ import pytest
 from rl_reason.compilation import CompileClock
 from rl_reason.loop.cohort import Cohort, parts_of_models, vote_metrics
 from rl_reason.loop.engine import Fused
-from rl_reason.loop.step import learn_phase, sample_phase
+from rl_reason.loop.step import update_phase
 from rl_reason.methods import rlccf, ttrl
+from rl_reason.sampling import make_sampling
 from rl_reason.slots import Slot
-from rl_reason.tasks.answer_ids import Spelled, class_ids, make_answer_ids
-from rl_reason.types import Rewards, Verdicts
+from rl_reason.tasks.answer_ids import class_ids, make_answer_ids
+from rl_reason.tasks.base import extract_answer
+from rl_reason.types import Rewards, Rollout, Verdicts
 from tests import support
 from tests.e2e import loops
 
@@ -36,16 +39,16 @@ def float64():
 
 @functools.cache
 def parts_of(**changes):
-    """GRPO on groups of four, all handed out; one layer, double precision."""
-    sizes = dict(group_size=GROUP, train_group_size=GROUP, minibatches=2)
+    """GRPO on groups of four, all handed out, one update a step; one layer, double precision."""
+    sizes = dict(group_size=GROUP, train_group_size=GROUP, minibatches=1)
     parts = support.tiny_parts("base", model=support.FLOAT64 | dict(num_layers=1), **sizes)
     return dataclasses.replace(parts, log_groups=-1, **changes)
 
 
 def two_policies():
-    """A small policy, and one that is wider and deeper; both held to where they began."""
+    """A small policy, and one that is wider; both held to where they began."""
     parts = parts_of()
-    wide = dataclasses.replace(parts.model, num_layers=2, mlp_size=16)
+    wide = dataclasses.replace(parts.model, mlp_size=16, num_heads=8)
     parts = dataclasses.replace(parts, regularisers=KL)
     return parts_of_models(parts, {"wide": wide, "small": parts.model})  # not in alphabetical order
 
@@ -72,7 +75,9 @@ def trained():
     clock.watch(engine.programs, later.append)
     out.append(engine.advance(out[0].state, loops.stacked(parts, STEPS - 1, first=1), loops.LIVE))
     clock.watch((), later.append)
-    metrics, sampled = (jax.tree.map(lambda *x: np.concatenate(x), *x) for x in zip(*(o[1:3] for o in out), strict=True))
+    metrics, sampled = (
+        jax.tree.map(lambda *x: np.concatenate(x), *x) for x in zip(*(o[1:3] for o in out), strict=True)
+    )
     return policies, out[1]._replace(metrics=metrics, sampled=sampled), first, later
 
 
@@ -85,30 +90,39 @@ def test_programs_are_compiled_once_under_their_names():
 
 @pytest.mark.parametrize("name", ["wide", "small"])
 def test_each_policy_trains_as_if_alone_with_these_rewards(name):
-    """No gradient, sample or statistic of another policy reaches it, only rewards."""
+    """No gradient or statistic of another policy reaches it, only rewards."""
     policies, out, _, _ = trained()
     parts, state = policies[name], start(policies)[name]
-
-    @jax.jit
-    def step(state, prompts, reward):
-        rollout, decode_steps = sample_phase(parts, state, prompts, loops.LIVE)
-        given = Rewards(reward, jnp.zeros_like(reward), rollout.prompt_len > 0)
-        alone = dataclasses.replace(parts, slots={**parts.slots, "reward": Slot(lambda: given, frozenset())})
-        verdicts = Verdicts(reward, given.valid)
-        return learn_phase(alone, state, prompts, rollout, verdicts, decode_steps, loops.LIVE)
-
+    began = state.params
+    update = jax.jit(lambda state, rollout, rewards: update_phase(parts, state, rollout, rewards, loops.LIVE))
     for k in range(STEPS):
-        state, metrics, sampled = step(state, loops.prompts_of(parts, k), jnp.asarray(out.sampled[name].reward[k]))
-        np.testing.assert_array_equal(sampled.tokens, out.sampled[name].tokens[k])
-        np.testing.assert_allclose(metrics["actor/kl_loss"], out.metrics[f"{name}/actor/kl_loss"][k], atol=TOLERANCE)
+        sampled = jax.tree.map(lambda x, k=k: jnp.asarray(x[k]), out.sampled[name])
+        rewards = Rewards(sampled.reward, jnp.zeros_like(sampled.reward), sampled.valid)
+        state, metrics, _ = update(state, rollout_of(sampled), rewards)
+        for key in ("actor/kl_loss", "actor/grad_norm"):
+            np.testing.assert_allclose(metrics[key], out.metrics[f"{name}/{key}"][k], atol=TOLERANCE)
     assert loops.distance(state.params, out.state[name].params) < TOLERANCE
     assert int(out.state[name].step) == STEPS
-    assert loops.distance(state.params, loops.start(parts, seed=int(name == "small")).params) > 1e-4
-    assert np.any(out.metrics[f"{name}/actor/kl_loss"] > 0)
+    assert loops.distance(state.params, began) > 1e-4 and np.any(out.metrics[f"{name}/actor/kl_loss"] > 0)
+
+
+def rollout_of(sampled):
+    """The rollout that was handed out."""
+    rows = sampled.tokens.shape[0]
+    return Rollout(
+        tokens=sampled.tokens,
+        prompt_len=sampled.prompt_len,
+        completion_mask=sampled.completion_mask,
+        rollout_logprobs=sampled.rollout_logprobs,
+        sampled_logprobs=sampled.rollout_logprobs,
+        prompt_id=jnp.arange(rows, dtype=jnp.int32) // GROUP,
+        truncated=sampled.truncated,
+        off_policy=jnp.zeros(rows, bool),
+    )
 
 
 def test_rewards_are_the_vote_on_the_decoded_answers():
-    """From the tokens alone, by the vote on texts. Ties by ``str`` and by first appearance may differ: those are left out."""
+    """From the tokens alone, by the vote on texts. Groups in which the order of answers decides a tie are left out."""
     policies, out, _, _ = trained()
     names, compared, mixed = list(policies), 0, 0
     for k in range(STEPS):
@@ -130,10 +144,7 @@ def test_rewards_are_the_vote_on_the_decoded_answers():
 
 
 def host_answer(text: str) -> str:
-    import re
-
-    from rl_reason.tasks.base import extract_answer
-
+    """Rule v1 on a text."""
     answer = extract_answer(text)
     return ["", *re.findall("-?[0-9]+", text)][-1] if answer is None else answer
 
@@ -147,7 +158,12 @@ def test_metrics_of_a_run():
         np.testing.assert_allclose(out.metrics[f"{name}/critic/score/mean"], correct)
     both = np.mean([out.metrics[f"{name}/critic/rewards/mean"] for name in policies], axis=0)
     np.testing.assert_allclose(out.metrics["cohort/consistency"], both)
-    assert "cohort/agreement/wide_small" in out.metrics and set(out.timing) == {"gen", "reward", "update_actor", "step"}
+    assert "cohort/agreement/wide_small" in out.metrics and set(out.timing) == {
+        "gen",
+        "reward",
+        "update_actor",
+        "step",
+    }
 
 
 def test_vote_metrics_by_hand():
@@ -179,21 +195,21 @@ def test_vote_metrics_by_hand():
     assert float(got["cohort/label_accuracy"]) == 0.0 and float(got["cohort/group_vote_accuracy"]) == 0.5
 
 
-def unanimous(tokens, mask):
-    return Spelled(jnp.full((tokens.shape[0], 1), ord("7")), jnp.ones(tokens.shape[0], jnp.int32))
+@functools.cache
+def one_policy():
+    """A cohort of one without KL; its verifier says the opposite of ``support.parity_verify``."""
+    parts = parts_of()
+    return Cohort(parts_of_models(parts, {"only": parts.model}), wrong_verify, SPELL, rlccf.vote)
 
 
 def test_a_unanimous_cohort_learns_nothing():
+    """Greedy samples of a prompt are all the same, and rule v1 always finds an answer: every reward is 1."""
     parts = parts_of()
-    policies = parts_of_models(parts, {"only": parts.model})
-    before = start(policies)
-    kept = jax.tree.map(jnp.copy, before["only"].params)
-    out = Cohort(policies, support.parity_verify, unanimous, rlccf.vote).advance(
-        before, loops.stacked(parts, 1), loops.LIVE
-    )
+    out = one_policy().advance({"only": loops.start(parts)}, loops.stacked(parts, 1), make_sampling(1.0, top_k=1))
+    np.testing.assert_array_equal(out.sampled["only"].reward, 1.0)
     np.testing.assert_array_equal(out.metrics["only/actor/grad_norm"], 0.0)
     np.testing.assert_array_equal(out.metrics["cohort/consistency"], 1.0)
-    loops.assert_equal(out.state["only"].params, kept)
+    loops.assert_equal(out.state["only"].params, loops.start(parts).params)
 
 
 def test_one_policy_is_ttrl_and_verdicts_do_not_train():
@@ -208,10 +224,7 @@ def test_one_policy_is_ttrl_and_verdicts_do_not_train():
     slots = {**parts.slots, "reward": Slot(vote, frozenset({"rollout", "score", "valid"}))}
     alone = Fused(dataclasses.replace(parts, slots=slots), support.parity_verify)
     expected = alone.advance(loops.start(parts), loops.stacked(parts, STEPS), loops.LIVE)
-    policies = parts_of_models(parts, {"only": parts.model})
-    out = Cohort(policies, wrong_verify, SPELL, rlccf.vote).advance(
-        start(policies), loops.stacked(parts, STEPS), loops.LIVE
-    )
+    out = one_policy().advance({"only": loops.start(parts)}, loops.stacked(parts, STEPS), loops.LIVE)
     np.testing.assert_array_equal(out.sampled["only"].tokens, expected.sampled.tokens)
     np.testing.assert_array_equal(out.sampled["only"].reward, expected.sampled.reward)
     assert loops.distance(out.state["only"].params, expected.state.params) < TOLERANCE
@@ -233,7 +246,7 @@ def test_what_does_not_fit_is_refused():
     policies = {"a": parts, "b": parts}
     states = start(policies)
     late = dataclasses.replace(states["b"], step=jnp.int32(1))
-    with pytest.raises(ValueError, match="at steps {'a': 0, 'b': 1}"):
+    with pytest.raises(ValueError, match=r"at steps {'a': 0, 'b': 1}"):
         make(policies).advance(states | {"b": late}, loops.stacked(parts, 1), loops.LIVE)
     with pytest.raises(ValueError, match="one for each of a, b"):
         make(policies).advance({"a": late}, loops.stacked(parts, 1), loops.LIVE)
