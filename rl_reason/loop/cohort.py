@@ -45,7 +45,7 @@ class CohortAdvanced(typing.NamedTuple):
     """What some steps gave: as ``engine.Advanced``, with states and samples by policy."""
 
     state: States
-    metrics: dict[str, np.ndarray]  # <policy>/..., cohort/...
+    metrics: dict[str, np.ndarray]  # <policy>/..., cohort/..., and the loop's own names over all policies
     sampled: dict[str, Sampled]
     timing: dict[str, float]
 
@@ -116,6 +116,18 @@ def vote_phase(
         own = lambda x, m=m, dtype=dtype: x[:, m].reshape(-1).astype(dtype)
         rewards[name] = constrain_rows(Rewards(own(result.rewards), own(right), verdicts[name].valid))
     return rewards, vote_metrics(names, ids, result, right, valid)
+
+
+def over_policies(names: Sequence[str], metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The loop's metrics under their own names, for what reads a run of one policy: means, extremes where they are
+    extremes, and sums of tokens and of skipped updates."""
+    how = {"/max": np.max, "_max": np.max, "/min": np.min, "total_num_tokens": np.sum, "skipped_updates": np.sum}
+    found = {}
+    for key in (key.removeprefix(f"{names[0]}/") for key in metrics if key.startswith(f"{names[0]}/")):
+        reduce = next((fn for end, fn in how.items() if key.endswith(end)), np.mean)
+        if all(f"{name}/{key}" in metrics for name in names):
+            found[key] = reduce([metrics[f"{name}/{key}"] for name in names], axis=0)
+    return found
 
 
 def _check(policies: Mapping[str, Parts]) -> None:
@@ -194,7 +206,7 @@ class Cohort:
             )
         step = lambda states, batch, clock: self._step(states, batch, sampling, clock)
         states, (metrics, sampled), timing = step_by_step(step, states, prompts)
-        return CohortAdvanced(states, metrics, sampled, timing)
+        return CohortAdvanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
 
     def _step(self, states: States, batch: Prompts, sampling: Sampling, clock: Clock):
         drawn = {name: self._draw[name](states[name], batch, sampling) for name in self._names}

@@ -158,6 +158,12 @@ def test_metrics_of_a_run():
         np.testing.assert_allclose(out.metrics[f"{name}/critic/score/mean"], correct)
     both = np.mean([out.metrics[f"{name}/critic/rewards/mean"] for name in policies], axis=0)
     np.testing.assert_allclose(out.metrics["cohort/consistency"], both)
+    np.testing.assert_allclose(out.metrics["critic/rewards/mean"], both)
+    np.testing.assert_array_equal(out.metrics["training/global_step"], [1, 2, 3])
+    tokens = [out.metrics[f"{name}/perf/total_num_tokens"] for name in policies]
+    np.testing.assert_array_equal(out.metrics["perf/total_num_tokens"], tokens[0] + tokens[1])
+    longest = [out.metrics[f"{name}/response_length/max"] for name in policies]
+    np.testing.assert_array_equal(out.metrics["response_length/max"], np.maximum(*longest))
     assert "cohort/agreement/wide_small" in out.metrics and set(out.timing) == {
         "gen",
         "reward",
