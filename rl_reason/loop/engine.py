@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,22 +87,12 @@ class Split:
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the next steps' batches."""
-        outputs, clocks = [], []
-        steps = prompts.prompt_len.shape[0]
-        for k in range(steps):
-            clock = _Clock()
-            batch = jax.tree.map(lambda x, k=k: x[k], prompts)
-            if self._parts.plan.max_rounds > 1:
-                state, out = self._step_in_rounds(state, batch, sampling, clock)
-            else:
-                state, out = self._step(state, batch, sampling, clock)
-            outputs.append(processes.to_host(out))
-            clock.mark("update_actor")
-            clocks.append(clock.seconds | {"step": sum(clock.seconds.values())})
-        metrics, sampled = jax.tree.map(lambda *x: np.stack(x), *outputs)
-        return Advanced(state, metrics, sampled, {name: sum(c[name] for c in clocks) / steps for name in clocks[0]})
+        one = self._step_in_rounds if self._parts.plan.max_rounds > 1 else self._step
+        step = lambda state, batch, clock: one(state, batch, sampling, clock)
+        state, (metrics, sampled), timing = step_by_step(step, state, prompts)
+        return Advanced(state, metrics, sampled, timing)
 
-    def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+    def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
         drawn = (batch, *self._draw(state, batch, sampling))
         if self.draws_ahead:
             drawn, self.pending = self.pending, drawn
@@ -113,7 +104,7 @@ class Split:
         state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
         return state, (metrics, sampled)
 
-    def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "_Clock"):
+    def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
         """Rounds of sampling until enough groups are kept, or max_rounds; as ``chunk`` does inside the program."""
         plan = self._parts.plan
         gathered: Round | None = None
@@ -153,7 +144,7 @@ class Split:
         return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0))
 
 
-class _Clock:
+class Clock:
     """Seconds of a step's parts; what is marked again adds up."""
 
     def __init__(self):
@@ -165,6 +156,23 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
+
+
+def step_by_step(step: Callable, state: PyTree, prompts: Prompts) -> tuple[PyTree, PyTree, dict[str, float]]:
+    """Drives ``step(state, batch, clock) -> (state, out)`` over the leading axis of ``prompts``.
+
+    Returns the state, what the steps gave, stacked and on the host, and seconds a step.
+    """
+    outputs, clocks = [], []
+    steps = prompts.prompt_len.shape[0]
+    for k in range(steps):
+        clock = Clock()
+        state, out = step(state, jax.tree.map(lambda x, k=k: x[k], prompts), clock)
+        outputs.append(processes.to_host(out))
+        clock.mark("update_actor")
+        clocks.append(clock.seconds | {"step": sum(clock.seconds.values())})
+    timing = {name: sum(clock[name] for clock in clocks) / steps for name in clocks[0]}
+    return state, jax.tree.map(lambda *x: np.stack(x), *outputs), timing
 
 
 def _rounds(batch: Prompts, rounds: int) -> list[Prompts]:

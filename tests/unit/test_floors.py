@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FLOORS = [  # ground first; a room (a module or a folder) may import lower floors and itself
     "types masked sharding processes",
     "compilation interrupts checkpoint report",
-    "policy aggregation batch sampling models tasks",
+    "policy voting aggregation batch sampling models tasks",
     "methods data rollout verifier_worker",
     "slots verifier_pool",
     "rewards",

@@ -1,0 +1,224 @@
+"""The cohort loop: several policies answer the same prompts, vote, and learn from the vote, each on its own samples.
+
+    for each policy   draw_<policy>    rollout, verdicts, answers
+    for all           vote             ids over [B M K], rewards [N] a policy; needs all draws, which is the barrier
+    for each policy   learn_<policy>   the loop's own update, with those rewards in place of its reward slot
+
+Policies may differ in size, so that each has programs of its own; one is in memory with its gradients at a time. No
+gradient crosses: what passes between programs are tokens, answers and rewards. Verdicts are for the metrics alone, and
+slots that would read them are refused. Policies need root keys of their own: equal weights under equal keys draw equal
+samples, and are one voter counted twice.
+
+M policies, K samples each, B prompts, N = B K rows a policy.
+"""
+
+import dataclasses
+import functools
+import itertools
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from rl_reason import voting
+from rl_reason.loop.engine import Clock, step_by_step
+from rl_reason.loop.parts import Parts
+from rl_reason.loop.step import Sampled, learn_phase, sample_phase
+from rl_reason.masked import masked_mean
+from rl_reason.methods import rlccf, ttrl
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.sampling import Sampling
+from rl_reason.sharding import constrain_rows
+from rl_reason.slots import Slot
+from rl_reason.tasks.answer_ids import Spell, Spelled, class_ids, join
+from rl_reason.types import Metrics, Prompts, Rewards, TrainState, Verdicts, Verify
+
+Vote = Callable[[Int[Array, "B M K"]], rlccf.Vote]
+States = dict[str, TrainState]  # by policy
+HIDDEN = frozenset({"correct", "success_rate"})  # what verdicts make of rows; labels, that is
+
+
+class CohortAdvanced(typing.NamedTuple):
+    """What some steps gave: as ``engine.Advanced``, with states and samples by policy."""
+
+    state: States
+    metrics: dict[str, np.ndarray]  # <policy>/..., cohort/..., and the loop's own names over all policies
+    sampled: dict[str, Sampled]
+    timing: dict[str, float]
+
+
+def parts_of_models(parts: Parts, models: Mapping[str, ModelConfig]) -> dict[str, Parts]:
+    """The same training around several models."""
+    return {name: dataclasses.replace(parts, model=model) for name, model in models.items()}
+
+
+def _label_accuracy(
+    label: Int[Array, " B"], answers: Int[Array, "B J"], right: Bool[Array, "B J"], valid: Bool[Array, "B J"]
+) -> Float[Array, ""]:
+    """Share of prompts whose label some row gave and was right; no label is wrong, one without a verdict is left out."""
+    judged = voting.agreeing(answers, label) & valid
+    return masked_mean((judged & right).any(1).astype(float), judged.any(1) | (label < 0))
+
+
+def vote_metrics(
+    names: Sequence[str],
+    answers: Int[Array, "B M K"],
+    result: rlccf.Vote,
+    right: Bool[Array, "B M K"],
+    valid: Bool[Array, "B M K"],
+) -> Metrics:
+    """How the vote went, and how it compares with the verdicts; 0 where nothing is valid.
+
+    ``cohort/agreement/a_b`` is the share of pairs of samples, one of each, with one answer.
+    """
+    flat = lambda x: x.reshape(x.shape[0], -1)
+    accuracy = lambda label, *rows: _label_accuracy(label, *map(flat, rows))
+    plain = rlccf.plain_vote(answers).label
+    metrics = {
+        "cohort/label_accuracy": accuracy(result.label, answers, right, valid),
+        "cohort/group_vote_accuracy": accuracy(plain, answers, right, valid),  # without weights
+        "cohort/reward_accuracy": masked_mean(((result.rewards > 0) == right).astype(float), valid),
+        "cohort/consistency": result.rewards.mean(),  # the paper's CC
+        "cohort/labelled_fraction": (result.label >= 0).astype(float).mean(),
+    }
+    for m, name in enumerate(names):
+        own = answers[:, m]
+        metrics[f"{name}/self_consistency"] = voting.self_consistency(own).mean()
+        metrics[f"{name}/majority_accuracy"] = accuracy(ttrl.label(own), own, right[:, m], valid[:, m])
+        metrics[f"{name}/answered_fraction"] = (own >= 0).astype(float).mean()
+    for a, b in itertools.combinations(range(len(names)), 2):
+        agreement = voting.agreement(answers[:, a], answers[:, b]).mean()
+        metrics[f"cohort/agreement/{names[a]}_{names[b]}"] = agreement
+    return metrics
+
+
+def vote_phase(
+    names: Sequence[str],
+    vote: Vote,
+    group_size: int,
+    answers: Mapping[str, Spelled],
+    verdicts: Mapping[str, Verdicts],
+) -> tuple[dict[str, Rewards], Metrics]:
+    """Rewards by policy. ``correct`` is the verdict, for metrics; rows without a verdict vote but are not trained on."""
+    rows = verdicts[names[0]].score.shape[0]
+    side_by_side = lambda of: jnp.stack([of(name).reshape(-1, group_size) for name in names], axis=1)
+    ids = class_ids(join([answers[name] for name in names], rows // group_size), len(names) * group_size)
+    ids = ids.reshape(-1, len(names), group_size)
+    right = side_by_side(lambda name: verdicts[name].valid & (verdicts[name].score >= 1.0))
+    valid = side_by_side(lambda name: verdicts[name].valid)
+    result = vote(ids)
+    rewards = {}
+    for m, name in enumerate(names):
+        dtype = verdicts[name].score.dtype
+        own = lambda x, m=m, dtype=dtype: x[:, m].reshape(-1).astype(dtype)
+        rewards[name] = constrain_rows(Rewards(own(result.rewards), own(right), verdicts[name].valid))
+    return rewards, vote_metrics(names, ids, result, right, valid)
+
+
+def over_policies(names: Sequence[str], metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The loop's metrics under their own names, for what reads a run of one policy: means, extremes where they are
+    extremes, and sums of tokens and of skipped updates."""
+    how = {"/max": np.max, "_max": np.max, "/min": np.min, "total_num_tokens": np.sum, "skipped_updates": np.sum}
+    found = {}
+    for key in (key.removeprefix(f"{names[0]}/") for key in metrics if key.startswith(f"{names[0]}/")):
+        reduce = next((fn for end, fn in how.items() if key.endswith(end)), np.mean)
+        if all(f"{name}/{key}" in metrics for name in names):
+            found[key] = reduce([metrics[f"{name}/{key}"] for name in names], axis=0)
+    return found
+
+
+def _check(policies: Mapping[str, Parts]) -> None:
+    if not policies or any(not name or "/" in name or name == "cohort" for name in policies):
+        raise ValueError(
+            f"The cohort's policies are named {sorted(policies)}; give one or more, named without '/' and not 'cohort'."
+        )
+    plans = {name: parts.plan for name, parts in policies.items()}
+    shapes = {(plan.group_size, plan.generated_prompts) for plan in plans.values()}
+    if len(shapes) > 1 or any(plan.max_rounds > 1 for plan in plans.values()):
+        found = "; ".join(f"{name}: {plan.describe()}" for name, plan in plans.items())
+        raise ValueError(
+            "A cohort votes on the same prompts with as many samples each, in one round: make group_size and "
+            f"generated_prompts the same, and max_rounds 1. {found}."
+        )
+    for name, parts in policies.items():
+        for slot in ("selection", "advantages", "correction", "objective"):
+            filled = parts.slots[slot]
+            if filled is not None and (read := sorted(filled.wants & HIDDEN)):
+                raise ValueError(
+                    f"{name}: config.{slot} asks for {', '.join(read)}, which verdicts decide, and a cohort trains without "
+                    "labels. Take a function that reads rewards."
+                )
+
+
+def _named(fn: Callable, name: str) -> Callable:
+    """The function under the name that its compiled program goes by."""
+    fn.__name__ = name
+    return fn
+
+
+class Cohort:
+    """Several policies, a step at a time: all draw, all vote, each learns.
+
+    Raises:
+        ValueError: policies whose batches do not fit together, or slots that read verdicts.
+    """
+
+    draws_ahead = False
+    pending = None
+
+    def __init__(self, policies: Mapping[str, Parts], verify: Verify, spell: Spell, vote: Vote):
+        _check(policies)
+        self._names = names = tuple(policies)
+        group_size = policies[names[0]].plan.group_size
+
+        def draw(parts, state, prompts, sampling):
+            rollout, decode_steps = sample_phase(parts, state, prompts, sampling)
+            answers = spell(rollout.tokens, rollout.completion_mask)
+            return rollout, decode_steps, verify(rollout, prompts), answers
+
+        def learn(parts, state, prompts, rollout, verdicts, rewards, decode_steps, sampling):
+            voted = dataclasses.replace(parts, slots={**parts.slots, "reward": Slot(lambda: rewards, frozenset())})
+            return learn_phase(voted, state, prompts, rollout, verdicts, decode_steps, sampling)
+
+        def compiled(fn, word, **kwargs):
+            made = {name: functools.partial(fn, parts) for name, parts in policies.items()}
+            return {name: jax.jit(_named(f, f"{word}_{name}"), **kwargs) for name, f in made.items()}
+
+        self._draw, self._learn = compiled(draw, "draw"), compiled(learn, "learn", donate_argnums=0)
+        together = functools.partial(vote_phase, names, vote, group_size)
+        self._vote = jax.jit(_named(together, "vote"))
+        # Compiled by the first step, and then never again.
+        self.programs = (*(f"{word}_{name}" for name in names for word in ("draw", "learn")), "vote")
+
+    def advance(self, states: States, prompts: Prompts, sampling: Sampling) -> CohortAdvanced:
+        """Runs as many steps as ``prompts`` has leading entries; ``states`` are consumed.
+
+        Raises:
+            ValueError: states that are not the policies', or not of one step.
+        """
+        at = {name: int(state.step) for name, state in states.items()}
+        if set(at) != set(self._names) or len(set(at.values())) > 1:
+            raise ValueError(
+                f"The states are at steps {at}; give one for each of {', '.join(self._names)}, at one step."
+            )
+        step = lambda states, batch, clock: self._step(states, batch, sampling, clock)
+        states, (metrics, sampled), timing = step_by_step(step, states, prompts)
+        return CohortAdvanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
+
+    def _step(self, states: States, batch: Prompts, sampling: Sampling, clock: Clock):
+        drawn = {name: self._draw[name](states[name], batch, sampling) for name in self._names}
+        jax.block_until_ready(drawn)
+        clock.mark("gen")
+        verdicts, answers = ({name: drawn[name][i] for name in self._names} for i in (2, 3))
+        rewards, metrics = jax.block_until_ready(self._vote(answers, verdicts))
+        clock.mark("reward")
+        learned, sampled = {}, {}
+        for name in self._names:
+            rollout, decode_steps, *_ = drawn.pop(name)
+            given = (batch, rollout, verdicts[name], rewards[name], decode_steps, sampling)
+            learned[name], own, sampled[name] = self._learn[name](states[name], *given)
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        return learned, (metrics, sampled)
