@@ -102,6 +102,7 @@ def get_config(arg: str = "") -> Config:
 
     config.verify = "graph"  # "graph", "callback", "split" or "overlapped"
     config.verifier = dict(num_workers=2, deadline_s=5.0)  # not used by "graph"
+    config.answer_rule = "v2"  # for votes: "v1", "v2" or "equivalence"; see docs/papers.md, "Comparing answers"
     config.reward = call("verdict.reward", right=1.0, wrong=0.0)
     config.selection = config_dict.placeholder(ml_collections.ConfigDict)
     config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's

@@ -24,6 +24,7 @@ from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling, make_sampling
+from rl_reason.tasks.answer_ids import RULES
 from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
@@ -50,6 +51,11 @@ class Experiment:
         """The rollout's knobs, as traced arrays."""
         r = self.config.rollout
         return make_sampling(r.temperature, r.top_k, r.top_p, r.min_p)
+
+    @property
+    def answer_rule(self) -> str | None:
+        """How answers are read where votes are taken; None where nobody asks for them."""
+        return self.config.answer_rule if self.parts.wants("answers") else None
 
     @property
     def total_chunks(self) -> int:
@@ -124,6 +130,8 @@ def _check_run(config: Config) -> None:
         raise ValueError(f"config.loop={config.loop!r}; there are {', '.join(LOOPS)}.")
     if config.verify not in VERIFY:
         raise ValueError(f"config.verify={config.verify!r}; there are {', '.join(VERIFY)}.")
+    if config.answer_rule not in RULES:
+        raise ValueError(f"config.answer_rule={config.answer_rule!r}; there are {', '.join(RULES)}.")
     if config.evaluation.split not in ("heldout", "train"):
         raise ValueError(f"config.evaluation.split={config.evaluation.split!r}; there are heldout, train.")
     if config.objective_scope not in ("minibatch", "microbatch"):

@@ -1,6 +1,7 @@
 """Where verdicts come from: verifiers in graph on token ids, or Python ones on the host, each group asked about once."""
 
 import functools
+import json
 import os
 import typing
 from collections.abc import Callable, Sequence
@@ -14,23 +15,35 @@ from jax.sharding import PartitionSpec as P
 
 from rl_reason.data.example import Example, Source
 from rl_reason.sharding import AXES, ROWS
+from rl_reason.tasks.answer_ids import class_ids, make_answer_ids
+from rl_reason.tasks.base import Problem, Verdict
 from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import Prompts, Rollout, Verdicts, Verify
 from rl_reason.verifier_pool import Job, VerifierPool
 
-# (tokens [n T], completion_mask [n T], uid [n]) -> (score [n], valid [n]), all numpy. Must not raise.
-ScoreRows = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (tokens [n T], completion_mask [n T], uid [n]) -> (score [n], valid [n]) or, where votes are wanted, (score, valid,
+# answers [n]), all numpy. Must not raise.
+ScoreRows = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
+GROUP_CLASSES = "rl_reason.tasks.math_answer:group_classes"  # the verifier that says which answers are the same
 
 CALLBACK_LIMIT_BYTES = 64 * 1024  # a shard; above it callbacks on several CPU devices can hang jax 0.10
 
 
-def in_graph(task_names: Sequence[str], tokenizer: typing.Any, *, group_size: int, completion_len: int) -> Verify:
-    """Verdicts computed inside the program, on token ids.
+def in_graph(
+    task_names: Sequence[str],
+    tokenizer: typing.Any,
+    *,
+    group_size: int,
+    completion_len: int,
+    answer_rule: str | None = None,
+) -> Verify:
+    """Verdicts computed inside the program, on token ids; with an ``answer_rule`` the answers of each group too.
 
     Raises:
-        ValueError: a task without such a verifier, by name.
+        ValueError: a task without such a verifier, by name, or an unknown rule.
     """
     verifier = make_verifier(task_names, tokenizer)
+    spell = None if answer_rule is None else make_answer_ids(tokenizer, rule=answer_rule)
 
     def verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
         if prompts.reference is None or prompts.route is None:
@@ -49,40 +62,74 @@ def in_graph(task_names: Sequence[str], tokenizer: typing.Any, *, group_size: in
             jnp.take_along_axis(rollout.completion_mask, index, axis=1) & inside,
             spread(prompts.route),
         )
-        return Verdicts(right.astype(rollout.rollout_logprobs.dtype), jnp.ones_like(right))
+        answers = None
+        if spell is not None:
+            answers = class_ids(spell(rollout.tokens, rollout.completion_mask), group_size)
+        return Verdicts(right.astype(rollout.rollout_logprobs.dtype), jnp.ones_like(right), answers)
 
     return verify
 
 
 class HostVerifier:
-    """Asks a pool of killable processes about rows of tokens; a broken verifier makes its rows invalid, nothing else."""
+    """Asks a pool of killable processes about rows of tokens; a broken verifier makes its rows invalid, nothing else.
 
-    def __init__(self, source: Source, tokenizer: typing.Any, pool: VerifierPool):
+    With an ``answer_rule`` it also asks which rows of each group of ``group_size`` gave the same answer; a group that
+    nobody could sort in time has no answers.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: typing.Any,
+        pool: VerifierPool,
+        *,
+        answer_rule: str | None = None,
+        group_size: int = 1,
+    ):
         self._example: Callable[[int], Example] = functools.lru_cache(maxsize=4096)(source.example)
         self._tokenizer, self._pool = tokenizer, pool
+        self._answer_rule, self._group_size = answer_rule, group_size
         self.last_error: str | None = None  # the newest reason a verifier gave for failing
 
     def __call__(self, tokens: np.ndarray, completion_mask: np.ndarray, uid: np.ndarray):
         return self.submit(tokens, completion_mask, uid)()
 
     def submit(self, tokens: np.ndarray, completion_mask: np.ndarray, uid: np.ndarray):
-        """Starts scoring; the returned function waits for (score [n], valid [n])."""
-        jobs = []
-        for row, mask, draw in zip(tokens, completion_mask, uid, strict=True):
-            example = self._example(int(draw))
-            jobs.append(Job(example.verifier, self._tokenizer.decode(row[mask]), example.problem))
+        """Starts scoring; the returned function waits for (score [n], valid [n]), and answers [n] if they are wanted."""
+        texts = [self._tokenizer.decode(row[mask]) for row, mask in zip(tokens, completion_mask, strict=True)]
+        examples = [self._example(int(draw)) for draw in uid]
+        jobs = [Job(example.verifier, text, example.problem) for example, text in zip(examples, texts, strict=True)]
+        if self._answer_rule is not None:
+            jobs += self._group_jobs(texts)
         future = self._pool.submit(jobs)
 
         def wait():
             verdicts = future.result()
             self.last_error = next((v.why for v in verdicts if not v.valid), self.last_error)
-            score = np.array([v.score for v in verdicts], np.float32)
-            return score, np.array([v.valid for v in verdicts], bool)
+            rows = verdicts[: len(texts)]
+            score = np.array([v.score for v in rows], np.float32)
+            valid = np.array([v.valid for v in rows], bool)
+            if self._answer_rule is None:
+                return score, valid
+            return score, valid, self._answers(verdicts[len(texts) :])
 
         return wait
 
+    def _group_jobs(self, texts: list[str]) -> list[Job]:
+        """One job a group, so that a hostile answer costs its own group the deadline."""
+        size = self._group_size
+        groups = [texts[i : i + size] for i in range(0, len(texts), size)]
+        problem = Problem("answers", 0, {"ground_truth": self._answer_rule, "extra_info": None})
+        return [Job(GROUP_CLASSES, json.dumps(group), problem) for group in groups]
 
-def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int) -> Verify:
+    def _answers(self, verdicts: Sequence[Verdict]) -> np.ndarray:
+        """The classes that each group's verdict carries in its parts; -1 throughout for a group without."""
+        nobody = np.full(self._group_size, -1, np.int32)
+        found = [np.array([number for _, number in v.parts], np.int32) if v.valid else nobody for v in verdicts]
+        return np.concatenate(found)
+
+
+def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int, with_answers: bool = False) -> Verify:
     """Makes a host verifier callable inside the program: each shard of rows asks the host it lives on, once.
 
     Rows are cut over data and fsdp; along the other axes only index 0 asks and the verdict is summed over them, because
@@ -91,8 +138,9 @@ def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int) -> Verify
     others = tuple(axis for axis in AXES if axis not in ROWS)
 
     def on_host(tokens, completion_mask, uid):
-        score, valid = score_rows(np.asarray(tokens), np.asarray(completion_mask), np.asarray(uid))
-        return np.asarray(score, np.float32), np.asarray(valid, bool)
+        score, valid, *answers = score_rows(np.asarray(tokens), np.asarray(completion_mask), np.asarray(uid))
+        numbers = answers[0] if with_answers else np.full(len(score), -1)
+        return np.asarray(score, np.float32), np.asarray(valid, bool), np.asarray(numbers, np.int32)
 
     def ask(tokens, completion_mask, uid):
         rows = tokens.shape[0]
@@ -100,28 +148,29 @@ def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int) -> Verify
             raise ValueError(
                 f"A shard of {rows} rows cuts a group of {group_size}; fewer row shards, or more prompts."
             )
-        shapes = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+        shapes = tuple(jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.bool_, jnp.int32))
 
         def call(*args):
             return io_callback(on_host, shapes, *args, ordered=False)
 
         def skip(*_):
-            return jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
+            return jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
 
         if all(mesh.shape[axis] == 1 for axis in others):
             return call(tokens, completion_mask, uid)
         asks = jnp.bool_(True)
         for axis in others:
             asks &= jax.lax.axis_index(axis) == 0
-        score, valid = jax.lax.cond(asks, call, skip, tokens, completion_mask, uid)
-        return jax.lax.psum(score, others), jax.lax.psum(valid.astype(jnp.int32), others) > 0
+        score, valid, answers = jax.lax.cond(asks, call, skip, tokens, completion_mask, uid)
+        total = lambda x: jax.lax.psum(x, others)
+        return total(score), total(valid.astype(jnp.int32)) > 0, total(answers)
 
     sharded = jax.shard_map(ask, mesh=mesh, in_specs=P(ROWS), out_specs=P(ROWS), check_vma=False)
 
     def verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
         uid = jnp.repeat(prompts.uid, group_size)
-        score, valid = sharded(rollout.tokens, rollout.completion_mask, uid)
-        return Verdicts(score.astype(rollout.rollout_logprobs.dtype), valid)
+        score, valid, answers = sharded(rollout.tokens, rollout.completion_mask, uid)
+        return Verdicts(score.astype(rollout.rollout_logprobs.dtype), valid, answers if with_answers else None)
 
     return verify
 

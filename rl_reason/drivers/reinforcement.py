@@ -23,7 +23,13 @@ class Reinforcement:
     def __init__(self, experiment: build.Experiment, pool: VerifierPool):
         self._experiment = experiment
         config, plan = experiment.config, experiment.parts.plan
-        self._verifier = rewards.HostVerifier(experiment.train, experiment.tokenizer, pool)
+        self._verifier = rewards.HostVerifier(
+            experiment.train,
+            experiment.tokenizer,
+            pool,
+            answer_rule=experiment.answer_rule,
+            group_size=plan.group_size,
+        )
         self._engine: Engine = make_engine(experiment, self._verifier)
         self.programs: tuple[str, ...] = self._engine.programs
         self._rows = build.rows_sharding(experiment.mesh)
@@ -97,12 +103,19 @@ def make_engine(experiment: build.Experiment, host_verifier: rewards.HostVerifie
             experiment.tokenizer,
             group_size=plan.group_size,
             completion_len=parts.rollout.completion_len,
+            answer_rule=experiment.answer_rule,
         )
         return Fused(parts, verify)
     if mode == "callback":
         width = experiment.config.data.max_prompt_len_tokens + parts.rollout.completion_len
         rewards.check_callback_threads(plan.generated_prompts * plan.group_size * width * 5, experiment.mesh)
-        return Fused(parts, rewards.by_callback(host_verifier, experiment.mesh, group_size=plan.group_size))
+        ask = rewards.by_callback(
+            host_verifier,
+            experiment.mesh,
+            group_size=plan.group_size,
+            with_answers=experiment.answer_rule is not None,
+        )
+        return Fused(parts, ask)
     return Split(parts, host_verifier, experiment.mesh, overlap=mode == "overlapped")
 
 

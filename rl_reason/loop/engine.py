@@ -135,13 +135,14 @@ class Split:
         uid = np.repeat(processes.to_host(batch.uid), self._group_size)
         index, tokens = processes.own_rows(rollout.tokens)
         _, mask = processes.own_rows(rollout.completion_mask)
-        score, valid = self._verifier(tokens, mask, uid[index])
-        both = np.zeros((2, len(uid)), np.float32)
-        both[0, index], both[1, index] = score, valid
-        score, valid = processes.sum_over_processes(both)
+        found = self._verifier(tokens, mask, uid[index])  # score, valid, and answers where they are wanted
+        everywhere = np.zeros((len(found), len(uid)), np.float32)
+        everywhere[:, index] = found
+        score, valid, *answers = processes.sum_over_processes(everywhere)
         sharding = NamedSharding(self._mesh, P(ROWS))
         put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
-        return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0))
+        numbers = put(answers[0].astype(np.int32)) if answers else None
+        return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0), numbers)
 
 
 class Clock:

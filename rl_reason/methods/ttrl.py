@@ -8,10 +8,33 @@ authors grade against its text, so that an answer outside the class can be rewar
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rl_reason import voting
+from rl_reason.types import Prompts, Rewards
 from rl_reason.voting import Answers
+
+
+def reward(
+    answers: Int[Array, " N"], score: Float[Array, " N"], valid: Bool[Array, " N"], prompts: Prompts
+) -> Rewards:
+    """``vote`` of each prompt's samples. The verdict is hidden from training: it is ``correct``, for metrics and audits.
+
+    Parts: ``label_accuracy``, whether a sample that gave the label is right; ``reward_accuracy``, whether the reward is the
+    verdict; ``majority_ratio``. A group that nobody answers gets 0 throughout, and so no advantage.
+    """
+    groups = answers.reshape(prompts.tokens.shape[0], -1)
+    rewards = vote(groups)
+    correct = (jnp.where(valid, score, 0.0) >= 1.0).astype(score.dtype)
+    by_label = jnp.where(rewards > 0, correct.reshape(groups.shape), 0.0).max(1, keepdims=True)
+    spread = lambda x: jnp.broadcast_to(x, groups.shape).reshape(-1).astype(score.dtype)
+    rewards = spread(rewards)
+    parts = {
+        "label_accuracy": spread(by_label),
+        "reward_accuracy": (rewards == correct).astype(score.dtype),
+        "majority_ratio": spread(majority_ratio(groups)[:, None]),
+    }
+    return Rewards(total=rewards, correct=correct, valid=jnp.ones_like(valid), parts=parts)
 
 
 def label(answers: Answers) -> Int[Array, "*b"]:

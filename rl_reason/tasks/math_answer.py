@@ -9,6 +9,7 @@ busy is for the deadline of ``verifier_pool``, whose process can be killed. Do n
 cannot.
 """
 
+import json
 import typing
 from collections.abc import Callable, Sequence
 
@@ -129,6 +130,15 @@ def answer_classes(texts: Sequence[str | None], rule: str) -> list[int]:
         numbers = range(len(distinct))
     class_of = dict(zip(distinct, numbers, strict=True))
     return [-1 if text is None else class_of.get(text, -1) for text in keys]
+
+
+def group_classes(data_source: str, solution_str: str, ground_truth: str, extra_info: typing.Any = None) -> dict:
+    """``answer_classes`` of a group's completions, for a pool that knows verdicts: a JSON list of texts in, the class of
+    each as the verdict's parts. ``ground_truth`` is the rule."""
+    del data_source, extra_info
+    texts = [extract(text, ground_truth) for text in json.loads(solution_str)]
+    classes = answer_classes(texts, ground_truth)
+    return {"score": 1.0} | {str(place): number for place, number in enumerate(classes)}
 
 
 def _simplified(text: str) -> str:
