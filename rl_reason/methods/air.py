@@ -35,7 +35,7 @@ class Picks(typing.NamedTuple):
 
 
 def instruction_keep(scores: Float[Array, "B M"], *, max_variance: float, ddof: int) -> Bool[Array, " B"]:
-    """Whether an instruction's scores, one a model, have a variance of at most ``max_variance`` (section 3.2).
+    """Whether an instruction's scores, one a model, have a variance of at most ``max_variance``.
 
     Over the scores that are there; fewer than two have no variance and the instruction is dropped. ``ddof`` 0 is the
     population's variance, 1 the unbiased one.
@@ -58,7 +58,7 @@ def select_pairs(
     min_chosen_score: float,
     mix_policies: bool,
 ) -> Candidates:
-    """The pairs (i, j) with min_margin <= score_i - score_j <= max_margin and score_i >= min_chosen_score (section 3.3).
+    """The pairs (i, j) with min_margin <= score_i - score_j <= max_margin and score_i >= min_chosen_score.
 
     Responses with equal ``response_id`` are the same text and never a pair, nor are missing scores. With ``mix_policies``
     the preferred pairs are those with the most responses of the policy's own, or with the fewest, as ``prefer_on_policy``
