@@ -73,7 +73,7 @@ def select_pairs(
             "equal scores has no chosen response."
         )
     margin = scores[:, None] - scores[None, :]  # NaN where a score is missing, and no comparison with NaN is true
-    qualify = (margin >= min_margin) & (margin <= max_margin) & (scores >= min_chosen_score)[:, None]
+    qualify = (margin >= min_margin) & (margin <= max_margin) & (scores[:, None] >= min_chosen_score)
     qualify &= response_id[:, None] != response_id[None, :]
     if not mix_policies:
         return Candidates(qualify, qualify)
