@@ -134,7 +134,10 @@ def _bad(message: str, reading: PairReading, report: PairReport) -> None:
 
 
 def _fits(where: str, pair: Preference, reading: PairReading) -> bool:
-    limits = (("prompt", reading.max_prompt_len_tokens), *((x, reading.max_completion_len_tokens) for x in pair._fields[1:]))
+    limits = (
+        ("prompt", reading.max_prompt_len_tokens),
+        *((x, reading.max_completion_len_tokens) for x in pair._fields[1:]),
+    )
     for (name, limit), tokens in zip(limits, pair, strict=True):
         if len(tokens) > limit:
             if reading.on_long_pair == "drop":
@@ -156,7 +159,9 @@ def _parse(row: Row, render: Callable[[Sequence[Message]], str]) -> tuple[str, s
     chosen, rejected = sides.values()
     if isinstance(chosen, str) and isinstance(rejected, str):
         if row.get("prompt") is None:
-            raise BadRowError(f"no prompt, and chosen is text; where the prompt ends has to be said. Pairs are {FORMATS}")
+            raise BadRowError(
+                f"no prompt, and chosen is text; where the prompt ends has to be said. Pairs are {FORMATS}"
+            )
         return prompt_of(row, Keys(), render), chosen, rejected
     heads, answers = zip(*(_last_message(name, value) for name, value in sides.items()), strict=True)
     if heads[0] != heads[1]:
@@ -172,7 +177,9 @@ def _parse(row: Row, render: Callable[[Sequence[Message]], str]) -> tuple[str, s
 def _last_message(name: str, value: typing.Any) -> tuple[list[Message], str]:
     """The messages before the answer, and the answer's text."""
     if not isinstance(value, list) or not value:
-        raise BadRowError(f"{name} is {type(value).__name__}, and chosen and rejected go together. Pairs are {FORMATS}")
+        raise BadRowError(
+            f"{name} is {type(value).__name__}, and chosen and rejected go together. Pairs are {FORMATS}"
+        )
     last = value[-1]
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise BadRowError(f"{name} does not end with an assistant's text: {last!r:.80}")

@@ -205,7 +205,9 @@ def make_chunk(parts: Parts, setting: PreferenceSetting) -> Callable:
     return lambda state, batches: jax.lax.scan(step, state, batches)
 
 
-def evaluate(parts: Parts, setting: PreferenceSetting, params: PyTree, ref_params: PyTree | None, pairs: Pairs) -> Metrics:
+def evaluate(
+    parts: Parts, setting: PreferenceSetting, params: PyTree, ref_params: PyTree | None, pairs: Pairs
+) -> Metrics:
     """The metrics of pairs without an update; held-out ``rewards/accuracies``, say."""
     pairs = with_reference(parts, setting, ref_params, pairs)
     return loss_of_scores(parts, setting, setting.scores(parts.model, params, pairs), pairs)[1]

@@ -26,7 +26,13 @@ def test_instructions_of_low_variance_are_kept():
     # 6 6 7 5: mean 6, 2 / 4 = 0.5.
     scores = [[8, 9, 8, 9], [2, 9, 5, 7], [6, 6, 7, 5]]
     assert keep(scores) == [True, False, True]
-    for bound, expected in ((0.24, [0, 0, 0]), (0.25, [1, 0, 0]), (0.5, [1, 0, 1]), (6.68, [1, 0, 1]), (6.69, [1, 1, 1])):
+    for bound, expected in (
+        (0.24, [0, 0, 0]),
+        (0.25, [1, 0, 0]),
+        (0.5, [1, 0, 1]),
+        (6.68, [1, 0, 1]),
+        (6.69, [1, 1, 1]),
+    ):
         assert keep(scores, bound) == [bool(x) for x in expected]
     # ddof 1 divides by 3: 0.333333, 8.916667, 0.666667.
     for bound, expected in ((0.33, [0, 0, 0]), (0.34, [1, 0, 0]), (0.67, [1, 0, 1]), (8.92, [1, 1, 1])):
@@ -77,7 +83,11 @@ def test_mixing_prefers_the_wanted_kind():
     mixed = functools.partial(select, scores, on_policy, mix_policies=True)
     assert pairs(mixed(prefer_on_policy=True).preferred) == [(1, 3)]
     assert pairs(mixed(prefer_on_policy=False).preferred) == [(0, 2), (2, 4)]
-    assert pairs(mixed().qualify) == pairs(select(scores, on_policy).preferred) == [(0, 2), (0, 3), (1, 3), (1, 4), (2, 4)]
+    assert (
+        pairs(mixed().qualify)
+        == pairs(select(scores, on_policy).preferred)
+        == [(0, 2), (0, 3), (1, 3), (1, 4), (2, 4)]
+    )
     # What is wanted is not there: what qualifies is taken, nearest kind first.
     assert pairs(select([9, 7, 6], [False] * 3, mix_policies=True).preferred) == [(0, 1), (0, 2)]
     assert pairs(select([9, 7, 6], [False, True, False], mix_policies=True).preferred) == [(0, 1)]
@@ -114,7 +124,9 @@ def test_picking_balances_policies_and_respects_keep():
     own = [bool(on_policy[b, picks.chosen[b]]) for b in range(8) if keep[b]]
     assert own == [True, False, True, False, True, False, True]
     # A pure function of the key; without mixing the kinds are as they fall.
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, picks, air.pick(scores, on_policy, ids, keep, jax.random.key(0), **mixed)))
+    assert jax.tree.all(
+        jax.tree.map(jnp.array_equal, picks, air.pick(scores, on_policy, ids, keep, jax.random.key(0), **mixed))
+    )
     free = air.pick(scores, on_policy, ids, keep, jax.random.key(1), **AIR)
     assert free.found.tolist() == keep.tolist()
 
