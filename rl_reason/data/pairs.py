@@ -197,15 +197,16 @@ def to_batch(
     """Rows of width ``prompt_len + completion_len`` tokens: prompt, completion, padding. They have to fit."""
     width = prompt_len + completion_len
     prompts = [pair.prompt.tolist() for pair in pairs]
-    sides = [
-        [prompt + completion.tolist() for prompt, completion in zip(prompts, completions, strict=True)]
-        for completions in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    ]
+    chosen = [prompt + pair.chosen.tolist() for prompt, pair in zip(prompts, pairs, strict=True)]
+    rejected = [prompt + pair.rejected.tolist() for prompt, pair in zip(prompts, pairs, strict=True)]
     return PairBatch(
-        *(pad(rows, width, pad_id) for rows in sides),
-        np.array([len(prompt) for prompt in prompts], np.int32),
-        *(span_mask(prompts, rows, width) for rows in sides),
-        *reference,
+        chosen_tokens=pad(chosen, width, pad_id),
+        rejected_tokens=pad(rejected, width, pad_id),
+        prompt_len=np.array([len(prompt) for prompt in prompts], np.int32),
+        chosen_mask=span_mask(prompts, chosen, width),
+        rejected_mask=span_mask(prompts, rejected, width),
+        ref_chosen_logprobs=reference[0],
+        ref_rejected_logprobs=reference[1],
     )
 
 

@@ -140,8 +140,10 @@ def make_pairs(
     draws so many of what was selected, uniformly at random: comparing rules at equal numbers. None takes all.
 
     Raises:
-        ValueError: fewer than ``num_pairs`` are there, naming how many each step left.
+        ValueError: no prompts, or fewer than ``num_pairs`` pairs, naming how many each step left.
     """
+    if not responses or len(prompts) != len(responses):
+        raise ValueError(f"make_pairs: {len(prompts)} prompts, responses to {len(responses)}; give one list a prompt.")
     scores = jnp.asarray(_table(responses, lambda r: np.nan if r.score is None else r.score, np.nan))
     keep = jnp.ones(len(responses), bool)
     if keep_instructions is not None:
@@ -161,11 +163,12 @@ def make_pairs(
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, SUBSET), available))
         rows = rows[np.sort(order[:num_pairs])]
     chosen, rejected = np.asarray(picks.chosen)[rows], np.asarray(picks.rejected)[rows]
+    places = list(zip(rows.tolist(), chosen.tolist(), rejected.tolist(), strict=True))
+    taken = [(responses[row][better], responses[row][worse]) for row, better, worse in places]
     pairs = [
-        Preference(prompts[b], *(np.array(responses[b][r].tokens, np.int32) for r in (c, j)))
-        for b, c, j in zip(rows, chosen, rejected, strict=True)
+        Preference(prompts[row], *(np.array(response.tokens, np.int32) for response in pair))
+        for (row, *_), pair in zip(places, taken, strict=True)
     ]
-    taken = [(responses[b][c], responses[b][j]) for b, c, j in zip(rows, chosen, rejected, strict=True)]
     statistics = {
         "pairs/prompts": float(len(responses)),
         "pairs/keep_rate": float(keep.mean()),

@@ -131,6 +131,7 @@ def loss_of_scores(
     parts: Parts, setting: PreferenceSetting, scores: PairScores, pairs: Pairs
 ) -> tuple[Float[Array, ""], Metrics]:
     """The mean of the objective over pairs, plus the router's terms for a mixture of experts."""
+    assert pairs.ref_chosen_logprobs is not None and pairs.ref_rejected_logprobs is not None  # with_reference
     chosen_len, rejected_len = pairs.chosen_mask.sum(1), pairs.rejected_mask.sum(1)
     losses, metrics = setting.objective(
         dict(

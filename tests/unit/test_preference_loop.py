@@ -138,7 +138,7 @@ def test_a_live_reference_equals_a_precomputed_one():
     assert gap(live.params, done.params) < 1e-6
     for name, values in live_metrics.items():
         np.testing.assert_allclose(metrics[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
-    with pytest.raises(ValueError, match="need TrainState.ref_params"):
+    with pytest.raises(ValueError, match=r"need TrainState\.ref_params"):
         chunk()(without, stack(*data))
     with pytest.raises(ValueError, match="12 pairs in the batches and num_pairs=13"):
         preference.precompute_reference(p, s, state.ref_params, data, num_pairs=13)

@@ -199,6 +199,8 @@ def test_ragged_and_unscored_responses():
     ]
     assert made.statistics["pairs/missing_score_fraction"] == 0.25
     assert made.statistics["pairs/margin/2"] == 2 and made.statistics["pairs/flipped_fraction"] == 0.0
+    with pytest.raises(ValueError, match="0 prompts, responses to 5"):
+        make_pairs([], rows, jax.random.key(0), keep_instructions=None, pick_pairs=pick, num_pairs=None)
     np.testing.assert_array_equal(preferences.scores_by_model(rows)[:, 0], [9.0, 9.0, np.nan, 9.0, np.nan])
 
 
@@ -284,7 +286,7 @@ def test_identical_completions_and_empty_files(tmp_path, caplog):
     path = write(tmp_path / "pairs.jsonl", [same, ROWS["text"]])
     assert load_pairs(path, TOKENIZER, READING).report.identical == 1
     assert "1 with chosen and rejected the same" in caplog.text
-    with pytest.raises(ValueError, match="no pairs in .*0 of 1 pairs kept"):
+    with pytest.raises(ValueError, match=r"no pairs in .*0 of 1 pairs kept"):
         load_pairs(write(tmp_path / "none.jsonl", [same]), TOKENIZER, READING)
     with pytest.raises(ValueError, match="on_bad_row='drop': use one of refuse, skip"):
         PairReading(32, 16, on_bad_row="drop")
