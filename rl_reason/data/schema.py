@@ -62,7 +62,7 @@ def parse(
         raise BadRowError(f"no {answer_key}; it has {', '.join(row)}")
     judge = _verifier(verifier, data_source)
     return Parsed(
-        prompt=_prompt(row, keys, render),
+        prompt=prompt_of(row, keys, render),
         data_source=data_source,
         split=_split(row, keys),
         demonstration=_demonstration(row, keys),
@@ -102,7 +102,8 @@ def _answer_key(row: Row, keys: Keys) -> str | None:
     raise BadRowError(f"no answer among {', '.join(row)}; {cure}")
 
 
-def _prompt(row: Row, keys: Keys, render: Callable[[Sequence[Message]], str]) -> str:
+def prompt_of(row: Row, keys: Keys, render: Callable[[Sequence[Message]], str]) -> str:
+    """The prompt as text. Raises BadRowError when it is neither text nor a chat that ``render`` takes, or is empty."""
     prompt = look_up(row, keys.prompt)
     if look_up(row, "images", None):
         raise BadRowError("it has images; prompts here are text")

@@ -75,7 +75,7 @@ def prompt_stream(
             demonstration=demonstration,
         )
 
-    return _stream(batch, batch_size, rows, num_threads, prefetch)
+    return step_stream(batch, batch_size, rows, num_threads, prefetch)
 
 
 def supervised_stream(
@@ -106,12 +106,13 @@ def supervised_stream(
         whole = [prompt + rest for prompt, rest in zip(prompts, worked, strict=True)]
         return pad(whole, width, tokenizer.pad_id), span_mask(prompts, whole, width)
 
-    return _stream(batch, batch_size, rows, num_threads, prefetch)
+    return step_stream(batch, batch_size, rows, num_threads, prefetch)
 
 
-def _stream(
+def step_stream(
     batch: Callable[[list[int]], typing.Any], batch_size: int, rows: range | None, num_threads: int, prefetch: int
 ) -> grain.DatasetIterator:
+    """Endless ``batch(uids)``, step k's uids being ``k * batch_size + row``; state is the number of the next step."""
     rows = range(batch_size) if rows is None else rows
     if not 0 < batch_size <= MAX_UID or not rows or min(rows) < 0 or max(rows) >= batch_size:
         raise ValueError(f"rows {rows} of a batch of {batch_size}: use a non-empty range within the batch.")

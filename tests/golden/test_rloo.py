@@ -35,3 +35,19 @@ def test_equal_rewards_give_exactly_zero(value, size):
 def test_one_valid_row_or_none_gives_exactly_zero():
     valid = jnp.array([[False, True, False], [False, False, False]])
     np.testing.assert_array_equal(rloo.advantages(jnp.array([[1.0, 5, 2], [1.0, 2, 3]]), valid), 0.0)
+
+
+@pytest.mark.parametrize(
+    "count, mean, right, wrong",
+    [
+        (4.0, 0.0, 1.333333, -1.333333),  # +-1, two of four right: 4/3 (1 - 0)
+        (16.0, -0.5, 1.6, -0.533333),  # four of sixteen right: 16/15 (1 + 0.5), 16/15 (-1 + 0.5)
+        (1.0, 1.0, 0.0, 0.0),  # one sample has no other
+    ],
+)
+def test_a_selected_pair_keeps_the_baseline_of_all_samples(count, mean, right, wrong):
+    pair, valid = jnp.array([[1.0, -1.0]]), jnp.ones((1, 2), bool)
+    full = lambda x: jnp.full((1, 2), x)
+    a = rloo.sampled_advantages(pair, valid, full(mean), full(count))
+    np.testing.assert_allclose(a, [[right, wrong]], atol=1e-6)
+    np.testing.assert_array_equal(rloo.sampled_advantages(pair, ~valid, full(mean), full(count)), 0.0)

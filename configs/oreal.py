@@ -1,0 +1,41 @@
+"""OREAL (Exploring the Limit of Outcome Reward for Learning Mathematical Reasoning, arXiv:2502.06781).
+
+    python -m experiments.run --config=oreal.py                   # a small model trained here, minutes on two CPU cores
+    python -m experiments.run --config=oreal.py:smoke             # seconds
+    python -m experiments.run --config=oreal.py:no_token_reward   # every token of a completion counts the same
+
+Imitation of right completions, a policy gradient on wrong ones, KL to the initial model. A token reward model, begun as a
+copy of the policy, learns beside it and says which tokens matter; the policy waits while it learns first.
+"""
+
+from configs import base
+from configs.common import Config, call, term
+
+ARGS = (*base.ARGS, "no_token_reward")
+
+
+def get_config(arg: str = "") -> Config:
+    base.check_arg(arg, ARGS)
+    config = base.get_config("smoke" if arg == "smoke" else "")
+    smoke = arg == "smoke"
+    config.reward = call("verdict.reward", right=1.0, wrong=-1.0)
+    config.selection = call("oreal.one_of_each")
+    config.advantages = call("rloo.sampled_advantages")  # of all samples, before the selection
+    config.objective = call("oreal.objective", token_weights="none" if arg == "no_token_reward" else "running_mean")
+    config.aggregation = dict(
+        positive=term("token_mean", over="positive", coef=1.0),
+        negative=term("token_mean", over="negative", coef=0.5),
+        kl=term("token_mean", coef=0.01),
+    )
+    # 64 prompts of 16 samples, of which two are trained on, in one update a rollout.
+    config.batch.update(
+        prompts_per_step=8 if smoke else 64,
+        generated_prompts=8 if smoke else 64,
+        group_size=8 if smoke else 16,
+        train_group_size=2,
+        minibatches=1,
+    )
+    if arg != "no_token_reward":
+        config.token_reward = dict(learning_rate=1e-3)  # guess: about four times the policy's, as 2e-6 is to 5e-7
+        config.optimizer.frozen_updates = 2 if smoke else 10  # the authors freeze the actor for 10 steps
+    return config
