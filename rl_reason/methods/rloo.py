@@ -28,8 +28,8 @@ def sampled_advantages(
 ) -> Float[Array, "B G"]:
     """The same with the baseline of all samples of the prompt, those included that selection left out (OREAL's order).
 
-    0 for rows that are not valid and where one sample was all there was. Where all samples are equal rounding of the mean may
-    leave a trace; a selection that drops such groups comes before this.
+    0 for rows that are not valid and where one sample was all there was. Where all samples are equal, rounding of the mean
+    may leave a trace; a selection that drops such groups comes before this.
     """
     others = sampled_count / jnp.maximum(sampled_count - 1, 1)
     return jnp.where(valid & (sampled_count > 1), (rewards - sampled_mean) * others, 0.0)

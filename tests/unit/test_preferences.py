@@ -168,7 +168,7 @@ def test_arms_obey_their_rules(name):
 
 def test_what_the_rules_are_for():
     # Responses are half the policy's own: nearly every prompt has a pair of one response of each kind.
-    assert arm("mix").statistics["pairs/on_policy_fraction"] == pytest.approx(0.5, abs=0.03)
+    assert arm("mix").statistics["pairs/on_policy_fraction"] == pytest.approx(0.5, abs=0.05)
     # Wider margins flip less often than any margin; the judge's noise is 1.
     flipped = {name: arm(name).statistics["pairs/flipped_fraction"] for name in ARMS}
     assert flipped["extreme"] == 0.0 <= flipped["margin"] < flipped["random"] < 0.2
