@@ -116,9 +116,8 @@ def get_config(arg: str = "") -> Config:
         entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
 
-    config.token_reward = config_dict.placeholder(
-        ml_collections.ConfigDict
-    )  # dict(learning_rate), for oreal.objective
+    # dict(learning_rate) of the token reward model that oreal.objective reads
+    config.token_reward = config_dict.placeholder(object)
 
     config.optimizer = dict(
         learning_rate=3e-4,

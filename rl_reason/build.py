@@ -264,7 +264,7 @@ def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:
     """The model that ``config.token_reward`` describes; AdamW as the policy's, at its own rate."""
     if config.token_reward is None:
         return None
-    own = config.token_reward.to_dict()
+    own = dict(config.token_reward)
     if set(own) != {"learning_rate"}:
         raise ValueError(f"config.token_reward has keys {sorted(own)}; it takes exactly learning_rate.")
     o = config.optimizer.to_dict()
