@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from rl_reason.compilation import CompileClock
-from rl_reason.loop.cohort import Cohort, parts_of_models, vote_metrics
+from rl_reason.loop.cohort import Cohort, parts_of_models, vote_metrics, vote_phase
 from rl_reason.loop.engine import Fused
 from rl_reason.loop.step import update_phase
 from rl_reason.methods import rlccf, ttrl
 from rl_reason.sampling import make_sampling
 from rl_reason.slots import Slot
-from rl_reason.tasks.answer_ids import class_ids, make_answer_ids
+from rl_reason.tasks.answer_ids import Spelled, class_ids, make_answer_ids
 from rl_reason.tasks.base import extract_answer
 from rl_reason.types import Rewards, Rollout, Verdicts
 from tests import support
@@ -46,11 +46,11 @@ def parts_of(**changes):
 
 
 def two_policies():
-    """A small policy, and one that is wider; both held to where they began."""
+    """A small policy, and one that is wider and held to where it began."""
     parts = parts_of()
     wide = dataclasses.replace(parts.model, mlp_size=16, num_heads=8)
-    parts = dataclasses.replace(parts, regularisers=KL)
-    return parts_of_models(parts, {"wide": wide, "small": parts.model})  # not in alphabetical order
+    policies = parts_of_models(parts, {"wide": wide, "small": parts.model})  # not in alphabetical order
+    return policies | {"wide": dataclasses.replace(policies["wide"], regularisers=KL)}
 
 
 def start(policies):
@@ -67,7 +67,7 @@ def wrong_verify(rollout, prompts):
 def trained():
     """(policies, what STEPS steps gave, programs compiled during the first, and after it)."""
     policies, clock = two_policies(), CompileClock()
-    engine = Cohort(policies, support.parity_verify, SPELL, rlccf.vote)
+    engine = Cohort(policies, wrong_verify, SPELL, rlccf.vote)
     first, later = [], []
     parts = policies["small"]
     clock.watch(engine.programs, first.append)
@@ -99,11 +99,12 @@ def test_each_policy_trains_as_if_alone_with_these_rewards(name):
         sampled = jax.tree.map(lambda x, k=k: jnp.asarray(x[k]), out.sampled[name])
         rewards = Rewards(sampled.reward, jnp.zeros_like(sampled.reward), sampled.valid)
         state, metrics, _ = update(state, rollout_of(sampled), rewards)
-        for key in ("actor/kl_loss", "actor/grad_norm"):
+        for key in ("actor/grad_norm", "actor/kl_loss") if name == "wide" else ("actor/grad_norm",):
             np.testing.assert_allclose(metrics[key], out.metrics[f"{name}/{key}"][k], atol=TOLERANCE)
     assert loops.distance(state.params, out.state[name].params) < TOLERANCE
     assert int(out.state[name].step) == STEPS
-    assert loops.distance(state.params, began) > 1e-4 and np.any(out.metrics[f"{name}/actor/kl_loss"] > 0)
+    assert loops.distance(state.params, began) > 1e-4
+    assert np.any(out.metrics["wide/actor/kl_loss"] > 0) and "small/actor/kl_loss" not in out.metrics
 
 
 def rollout_of(sampled):
@@ -201,21 +202,35 @@ def test_vote_metrics_by_hand():
     assert float(got["cohort/label_accuracy"]) == 0.0 and float(got["cohort/group_vote_accuracy"]) == 0.5
 
 
+def test_rows_without_a_verdict_vote_and_stay_invalid():
+    # One prompt: a says 7 7, b says 3 7, and the verifier failed on a's second: W(7) = 1 * 2 + .5 = 2.5, W(3) = .5.
+    spelled = lambda text: Spelled(jnp.array([[ord(c)] for c in text]), jnp.ones(len(text), jnp.int32))
+    verdicts = {
+        "a": Verdicts(jnp.array([1.0, 0.0]), jnp.array([True, False])),
+        "b": Verdicts(jnp.array([0.0, 1.0]), jnp.array([True, True])),
+    }
+    rewards, metrics = vote_phase(["a", "b"], rlccf.vote, 2, {"a": spelled("77"), "b": spelled("37")}, verdicts)
+    assert rewards["a"].total.tolist() == [1, 1] and rewards["b"].total.tolist() == [0, 1]
+    assert rewards["a"].valid.tolist() == [True, False] and rewards["a"].correct.tolist() == [1, 0]
+    assert float(metrics["cohort/label_accuracy"]) == 1.0 and float(metrics["cohort/reward_accuracy"]) == 1.0
+    assert float(metrics["cohort/agreement/a_b"]) == 0.5  # of the four pairs, 7 with 7 twice
+
+
 @functools.cache
 def one_policy():
-    """A cohort of one without KL; its verifier says the opposite of ``support.parity_verify``."""
+    """A cohort of one without KL: its programs, but for the vote, are those of ``trained``'s small policy."""
     parts = parts_of()
-    return Cohort(parts_of_models(parts, {"only": parts.model}), wrong_verify, SPELL, rlccf.vote)
+    return Cohort(parts_of_models(parts, {"small": parts.model}), wrong_verify, SPELL, rlccf.vote)
 
 
 def test_a_unanimous_cohort_learns_nothing():
     """Greedy samples of a prompt are all the same, and rule v1 always finds an answer: every reward is 1."""
     parts = parts_of()
-    out = one_policy().advance({"only": loops.start(parts)}, loops.stacked(parts, 1), make_sampling(1.0, top_k=1))
-    np.testing.assert_array_equal(out.sampled["only"].reward, 1.0)
-    np.testing.assert_array_equal(out.metrics["only/actor/grad_norm"], 0.0)
+    out = one_policy().advance({"small": loops.start(parts)}, loops.stacked(parts, 1), make_sampling(1.0, top_k=1))
+    np.testing.assert_array_equal(out.sampled["small"].reward, 1.0)
+    np.testing.assert_array_equal(out.metrics["small/actor/grad_norm"], 0.0)
     np.testing.assert_array_equal(out.metrics["cohort/consistency"], 1.0)
-    loops.assert_equal(out.state["only"].params, loops.start(parts).params)
+    loops.assert_equal(out.state["small"].params, loops.start(parts).params)
 
 
 def test_one_policy_is_ttrl_and_verdicts_do_not_train():
@@ -230,11 +245,11 @@ def test_one_policy_is_ttrl_and_verdicts_do_not_train():
     slots = {**parts.slots, "reward": Slot(vote, frozenset({"rollout", "score", "valid"}))}
     alone = Fused(dataclasses.replace(parts, slots=slots), support.parity_verify)
     expected = alone.advance(loops.start(parts), loops.stacked(parts, STEPS), loops.LIVE)
-    out = one_policy().advance({"only": loops.start(parts)}, loops.stacked(parts, STEPS), loops.LIVE)
-    np.testing.assert_array_equal(out.sampled["only"].tokens, expected.sampled.tokens)
-    np.testing.assert_array_equal(out.sampled["only"].reward, expected.sampled.reward)
-    assert loops.distance(out.state["only"].params, expected.state.params) < TOLERANCE
-    np.testing.assert_array_equal(out.sampled["only"].correct, 1.0 - expected.sampled.correct)
+    out = one_policy().advance({"small": loops.start(parts)}, loops.stacked(parts, STEPS), loops.LIVE)
+    np.testing.assert_array_equal(out.sampled["small"].tokens, expected.sampled.tokens)
+    np.testing.assert_array_equal(out.sampled["small"].reward, expected.sampled.reward)
+    assert loops.distance(out.state["small"].params, expected.state.params) < TOLERANCE
+    np.testing.assert_array_equal(out.sampled["small"].correct, 1.0 - expected.sampled.correct)
     assert 0 < np.mean(expected.sampled.reward) < 1 and np.any(expected.metrics["actor/grad_norm"] > 1e-4)
 
 
