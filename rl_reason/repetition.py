@@ -7,6 +7,7 @@ text is wrongly called repetitive only if that happens beside an n-gram that is 
 """
 
 import functools
+import itertools
 import typing
 from collections.abc import Sequence
 
@@ -61,7 +62,7 @@ def pieces(piece_bytes: tuple[bytes, ...]) -> Pieces:
         ends = [c for c, byte in enumerate(piece) if byte in WHITESPACE or byte == ord("_")]
         head, power = _hash(piece[: ends[0]] if ends else piece)
         tail, open_after = _hash(piece[ends[-1] + 1 :])[0] if ends else [0, 0], False
-        for c, after in zip(ends, ends[1:], strict=False):
+        for c, after in itertools.pairwise(ends):
             # A blank ends a word that has a letter, or that an underscore began; an underscore ends any.
             if piece[after] == ord("_") or after > c + 1 or piece[c] == ord("_"):
                 inner.append(_hash(piece[c + 1 : after])[0])
@@ -106,7 +107,8 @@ def words(
     start = jnp.zeros((tokens.shape[0], 2), jnp.uint32), jnp.zeros(tokens.shape[0], bool)
     by_column = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*columns, *hashes))
     (rest, is_open), (joined, ends) = jax.lax.scan(step, start, by_column)
-    joined = jnp.concatenate([jnp.moveaxis(joined, 0, 1), rest[:, None]], axis=1)  # the end of the text ends a word too
+    # The end of the text ends a word too: one more column.
+    joined = jnp.concatenate([jnp.moveaxis(joined, 0, 1), rest[:, None]], axis=1)
     ends = jnp.concatenate([ends.T, is_open[:, None]], axis=1)
 
     inner = jnp.pad(jnp.where(splits, take(table.inner_count), 0), ((0, 0), (0, 1)))
@@ -117,7 +119,7 @@ def words(
     column = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(until)
     column = jnp.minimum(column, tokens.shape[1])
     pick = lambda x: jnp.take_along_axis(x, column, axis=1)
-    nth = slots - pick(until - count) - pick(ends.astype(jnp.int32))  # -1: the word that the column's first separator ends
+    nth = slots - pick(until - count) - pick(ends.astype(jnp.int32))  # of the inner words; -1: the one ended first
     first = jnp.take_along_axis(joined, column[..., None], axis=1)
     at = pick(jnp.pad(take(table.inner_start), ((0, 0), (0, 1)))) + nth
     within = jnp.asarray(table.inner)[jnp.clip(at, 0, len(table.inner) - 1)]

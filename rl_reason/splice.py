@@ -24,7 +24,7 @@ from rl_reason.types import Prompts, Rollout, struct
 class Spellings(typing.NamedTuple):
     """Ids that write a part of a token. Rows of ``ids`` are shared; row 0 is empty, and no cut that can occur has it."""
 
-    left: Int[np.ndarray, " cuts"]  # row for the bytes before a cut; ``tags.Vocabulary.cut`` says where a token's cuts are
+    left: Int[np.ndarray, " cuts"]  # row for the bytes before a cut, which ``tags.Vocabulary.cut`` finds
     right: Int[np.ndarray, " cuts"]  # and from it on
     ids: Int[np.ndarray, "rows L"]
     length: Int[np.ndarray, " rows"]
@@ -57,7 +57,7 @@ def spell(text: bytes, tokenizer: Tokenizer) -> list[int]:
     single = {piece: i for i, piece in reversed(list(enumerate(pieces))) if len(piece) == 1}
     missing = sorted({bytes([byte]) for byte in text} - set(single))
     if missing:
-        raise ValueError(f"no token writes the byte {missing[0]!r} alone; splicing needs a tokenizer with byte pieces.")
+        raise ValueError(f"no token writes the byte {missing[0]!r} alone; splicing needs a tokenizer with byte pieces")
     return [single[bytes([byte])] for byte in text]
 
 
@@ -100,7 +100,9 @@ def _spellings(opening: bytes, closing: bytes, tokenizer: Tokenizer, pieces: tup
 Parts = list[tuple[Int[Array, "N _"], Bool[Array, "N _"]]]
 
 
-def pack(parts: Parts, width: int, pad_id: int) -> tuple[Int[Array, "N T"], list[Bool[Array, "N T"]], Int[Array, " N"]]:
+def pack(
+    parts: Parts, width: int, pad_id: int
+) -> tuple[Int[Array, "N T"], list[Bool[Array, "N T"]], Int[Array, " N"]]:
     """What is valid in each part, one part after the other without gaps; where each part came to lie, and the length.
 
     What lies beyond ``width`` is lost; the length counts it.
@@ -117,7 +119,12 @@ def pack(parts: Parts, width: int, pad_id: int) -> tuple[Int[Array, "N T"], list
 
 
 def _spelled(
-    rows: np.ndarray, cut: Int[Array, " N"], owners: Int[Array, "N T"], answer: Answer, table: Spellings, first: np.ndarray
+    rows: np.ndarray,
+    cut: Int[Array, " N"],
+    owners: Int[Array, "N T"],
+    answer: Answer,
+    table: Spellings,
+    first: np.ndarray,
 ) -> tuple[Int[Array, "N L"], Bool[Array, "N L"]]:
     """The ids of one part of the token that the byte ``cut`` falls inside of; none where it falls between two."""
     token_begin = answer.token_end - answer.token_len
@@ -160,8 +167,8 @@ def splice(
     lacks_space = pad_with_space & (cut == answer.begin)[:, None]
     true = jnp.ones((rows, 1), bool)
     if form.answer_close:
-        starts = answer.token_end - answer.token_len
-        tail_from = jnp.min(jnp.where(writes & (starts >= answer.end[:, None]), columns, width), axis=1)
+        early = writes & (answer.token_end - answer.token_len < answer.end[:, None])
+        tail_from = jnp.max(jnp.where(early, columns + 1, 0), axis=1)
         right = _spelled(table.right, answer.end, owners, answer, table, words.cut)
         tail = [right, (rollout.tokens, rollout.completion_mask & (columns >= tail_from[:, None]))]
     else:
@@ -206,7 +213,7 @@ def splice_references(
 
 
 def as_rollout(spliced: Spliced, rollout: Rollout) -> Rollout:
-    """The rollout with spliced rows. Log-probabilities stay those of the old rows; only what is before the cut has them still."""
+    """The rollout with spliced rows. Its log-probabilities are still the old rows', right only before the cut."""
     return dataclasses.replace(
         rollout,
         tokens=spliced.tokens,

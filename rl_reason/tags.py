@@ -146,7 +146,7 @@ def written(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], vocabulary_size
 
 
 def find(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], compiled: Automata, piece_len: np.ndarray) -> Found:
-    """Runs the automata over the masked tokens of each row, one scan over columns; ``piece_len`` is ``Vocabulary.length``."""
+    """Runs the automata over the masked tokens of each row, by a scan; ``piece_len`` is ``Vocabulary.length``."""
     owners = written(tokens, mask, len(piece_len) - 1)
     kinds, lengths, table = jnp.asarray(compiled.kind)[owners], jnp.asarray(piece_len)[owners], compiled.table
     each = jnp.arange(len(compiled.tag_len))[None, :]
@@ -174,7 +174,7 @@ def find_answer(
     """The answer of each row, if it has one well-formed answer.
 
     With a closing tag every tag that there is occurs exactly once, and in order; that is the format reward's rule of
-    RLPR's code (R1, and R1_nothink without thinking tags). Without one, the last opening tag counts, thinking tags as before.
+    RLPR's code (R1, and R1_nothink without thinking tags). Without one, the last opening tag counts.
 
     Raises:
         ValueError: a format without an opening answer tag.

@@ -38,7 +38,8 @@ def reward(
     answer = find_answer(rollout.tokens, rollout.completion_mask, form, tokenizer.piece_bytes)
     extracted = answer.formed & (answer.ink_begin < answer.ink_end)
     begins = answer.token_end - answer.token_len
-    writes = (answer.token_end > answer.ink_begin[:, None]) & (begins < answer.ink_end[:, None]) & (answer.token_len > 0)
+    overlaps = (answer.token_end > answer.ink_begin[:, None]) & (begins < answer.ink_end[:, None])
+    writes = overlaps & (answer.token_len > 0)
     wanted = (prompts.reference != tokenizer.pad_id).sum(1)[rollout.prompt_id]
     gap = jnp.abs(writes.sum(1) - wanted).astype(score.dtype)
 

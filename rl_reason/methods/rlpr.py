@@ -28,7 +28,7 @@ ScoreLogprobs = Callable[..., Float[Array, "N T"]]  # (params, rollout): teacher
 def mean_probability(
     logprobs: Float[Array, "N T"], reference_mask: Bool[Array, "N T"], *, aggregate: str, round_to_bf16: bool
 ) -> Float[Array, " N"]:
-    """mean_t p_t over the reference's tokens (eq. 4); 0 where there are none.
+    """mean_t p_t over the reference's tokens; 0 where there are none.
 
     ``aggregate`` names the authors' alternatives too: mean_logprob (nats), likelihood (the product) and geometric_mean.
 
@@ -172,8 +172,8 @@ def filter(
 
     Steps count from 1. From ``start_record_step`` a step's mean deviation, over all groups that it sampled in however many
     rounds, is recorded; at ``start_filter_step`` the running mean begins as the mean of those (0 without any), and then
-    ema <- ema_decay ema + (1 - ema_decay) * the previous step's mean. Before that every group is kept. Groups whose deviation
-    is not finite, or with fewer than two valid rows, are no part of a mean, and are dropped once there is a filter.
+    ema <- ema_decay ema + (1 - ema_decay) * the previous step's mean. Before that every group is kept. Groups with
+    a deviation that is not finite, or fewer than two valid rows, are no part of a mean, and dropped once there is a filter.
     """
     centred, count, _ = group_centred(rewards, valid)
     variance = (centred**2).sum(-1) / jnp.maximum(count[:, 0] - 1, 1)

@@ -1,4 +1,4 @@
-"""VeriFree: maximises the probability of the reference answer itself, through reasoning and answer at once (arXiv:2505.21493).
+"""VeriFree: maximises the probability of the reference answer itself, through the reasoning too (arXiv:2505.21493).
 
     p_i  = exp(sum_t log pi(reference_t | prompt, reasoning_i))
     loss = mean_i [ -A_i sum_{t in reasoning} log pi_t - p_i sum_{t in reference} log pi_t ],   A_i = p_i - mean_{j != i} p_j
@@ -38,7 +38,7 @@ def reward(
     """p of each row, and the rows to train on: cut behind the answer's opening tag, then reference and EOS.
 
     Their ``completion_mask`` is on what the policy sampled before the cut and on the reference, ``reference_mask`` on the
-    latter. A row without the tag, without an end, with an empty reference or too long for one has p = 0 and stays as sampled.
+    latter. A row without the tag, without an end, with an empty reference or too long for one has p = 0 and stays as it is.
     The verdict is ``correct``, a metric.
     """
     form = Format("", "", answer_open, "")
@@ -71,7 +71,7 @@ def reward(
 
 
 def advantages(rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
-    """RLOO: r_i - mean of the others' r = n / (n - 1) (r_i - mean), over the valid rows of a group; a group of one gets 0."""
+    """RLOO: r_i - mean of the others' r = n / (n - 1) (r_i - mean), over a group's valid rows; 0 for a group of one."""
     centred, count, _ = group_centred(rewards, valid)
     return centred * count / jnp.maximum(count - 1, 1)
 

@@ -1,82 +1,29 @@
 """Tags found in graph, against searches in the decoded bytes; with the embedded tokenizer and with pieces cut at random."""
 
 import functools
-import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_reason import tags
-from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.tags import Format
-
-TOKENIZER = Tokenizer.load()
-R1 = Format("<think>", "</think>", "<answer>", "</answer>")
-NOTHINK = Format("", "", "<answer>", "</answer>")
-MARK = Format("", "", "####", "")
-WORKED = Format("<think>", "</think>", "####", "")
-ROWS, WIDTH = 16, 64
-TEXT = "".join(tag for form in (R1, MARK) for tag in form) + " x<think>1</think> <answer> 4 2\n</answer>"
-# Pieces of one to nine bytes out of texts with tags, so that tags lie in and across them in every way; then every byte.
-CHUNKS = np.random.default_rng(0)
-PIECES = (
-    b"",
-    *sorted({TEXT[i : i + n].encode() for i, n in CHUNKS.integers((0, 1), (len(TEXT) - 1, 10), (150, 2))}),
-    b"<answer>4</answer>",
-    b"#####",
-    *(bytes([b]) for b in range(256)),
+from tests.tagged import (
+    FORMS,
+    PIECES,
+    R1,
+    ROWS,
+    TAGGED,
+    TOKENIZERS,
+    WIDTH,
+    bytes_of,
+    cut_at_random,
+    host_answer,
+    host_occurrences,
+    rows_of,
 )
-TAGGED = [i for i, piece in enumerate(PIECES) if len(piece) > 1]
-VOCABULARIES = {"embedded": TOKENIZER.piece_bytes, "pieces": PIECES}
-
-
-def rows_of(ids):
-    """[ROWS WIDTH] tokens behind a prompt of one token, and the completion's mask."""
-    tokens = np.zeros((ROWS, WIDTH), np.int32)
-    lengths = np.zeros(ROWS, np.int32)
-    for row, sequence in enumerate(ids):
-        tokens[row, 1 : 1 + len(sequence)] = sequence
-        lengths[row] = len(sequence)
-    tokens[:, 0] = 5
-    return jnp.asarray(tokens), (jnp.arange(WIDTH) >= 1) & (jnp.arange(WIDTH) < 1 + lengths[:, None])
-
-
-def bytes_of(ids, pieces):
-    return b"".join(pieces[i] for i in ids if i < len(pieces))
-
-
-def cut_at_random(rng, text, pieces):
-    """Ids that write ``text``, each token chosen at random among the pieces that fit."""
-    ids = []
-    while text:
-        fits = [i for i, piece in enumerate(pieces) if piece and text.startswith(piece)]
-        ids.append(int(rng.choice(fits)))
-        text = text[len(pieces[ids[-1]]) :]
-    return ids
-
-
-def host_occurrences(text, tag):
-    """Where each begins, overlapping ones too."""
-    return [m.start() for m in re.finditer(b"(?=" + re.escape(tag) + b")", text)]
-
-
-def host_answer(text, form):
-    """(begin, end) of the one well-formed answer, by searches in the bytes; None without."""
-    *before, opening, closing = (tag.encode() for tag in form)
-    stops, at = [], 0
-    for tag in filter(None, (*before, opening, closing)):
-        where = host_occurrences(text, tag)
-        if tag == opening and not closing:
-            where = where[-1:]
-        if len(where) != 1 or where[0] < at:
-            return None
-        at = where[0] + len(tag)
-        stops.append((where[0], at))
-    return (stops[-2][1], stops[-1][0]) if closing else (stops[-1][1], len(text))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -103,8 +50,8 @@ def check_answers(ids, form, pieces):
         assert found.token_end[row, -1] == len(text)
 
 
-@pytest.mark.parametrize("form", [R1, NOTHINK, MARK, WORKED], ids=["r1", "nothink", "mark", "worked"])
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_hand_cases(form, name):
     texts = [
         b"<think>1</think> <answer> 42 </answer>",
@@ -121,14 +68,14 @@ def test_hand_cases(form, name):
         b"####",
         b"",
     ]
-    rng = np.random.default_rng(1)
-    check_answers([cut_at_random(rng, text, VOCABULARIES[name]) for text in texts], form, VOCABULARIES[name])
+    rng, pieces = np.random.default_rng(1), TOKENIZERS[name].piece_bytes
+    check_answers([cut_at_random(rng, text, pieces) for text in texts], form, pieces)
 
 
 ids_of_pieces = st.lists(st.sampled_from([*TAGGED, *TAGGED, *range(len(PIECES) + 1)]), max_size=16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(ids_of_pieces, min_size=ROWS, max_size=ROWS))
 def test_random_tokens(ids):
     wanted = (*R1, "####", "aa", "<answer>4")
@@ -145,13 +92,13 @@ def test_random_tokens(ids):
 fragments = st.lists(st.sampled_from([*R1, *R1, "####", " ", "4", "\n ", "<", "_é"]), max_size=7).map("".join)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(fragments, min_size=ROWS, max_size=ROWS), st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("form", [R1, NOTHINK, MARK, WORKED], ids=["r1", "nothink", "mark", "worked"])
+@settings(max_examples=25, deadline=None)
+@given(st.lists(fragments, min_size=4, max_size=4), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_random_texts_cut_in_random_ways(form, texts, seed):
     rng = np.random.default_rng(seed)
-    framed = [f"<think>{x}</think>{y}<answer>{z}</answer>" for x, y, z in zip(texts, texts[1:], texts[2:], strict=False)]
-    ids = [cut_at_random(rng, text.encode(), PIECES)[: WIDTH - 1] for text in (*texts[:4], *framed[:12])]
+    framed = [f"<think>{x}</think>{y}<answer>{z}</answer>" for x, y, z in rng.choice(texts, (ROWS - len(texts), 3))]
+    ids = [cut_at_random(rng, text.encode(), PIECES)[: WIDTH - 1] for text in (*texts, *framed)]
     check_answers(ids, form, PIECES)
 
 
