@@ -74,7 +74,7 @@ def pieces(piece_bytes: tuple[bytes, ...]) -> Pieces:
     columns = list(zip(*rows, strict=True))
     kinds = (bool, bool, bool, np.uint32, np.uint32, np.uint32, bool, np.int32, np.int32)
     arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-    return Pieces(*arrays, np.array(inner or [[0, 0]], np.uint32))
+    return Pieces._make([*arrays, np.array(inner or [[0, 0]], np.uint32)])
 
 
 def _mixed(x: UInt32[Array, "N W 2"]) -> UInt32[Array, "N W 2"]:
@@ -119,7 +119,9 @@ def words(
     column = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(until)
     column = jnp.minimum(column, tokens.shape[1])
     pick = lambda x: jnp.take_along_axis(x, column, axis=1)
-    nth = slots - pick(until - count) - pick(ends.astype(jnp.int32))  # of the inner words; -1: the one ended first
+    nth = (
+        slots[None, :] - pick(until - count) - pick(ends.astype(jnp.int32))
+    )  # of the inner words; -1: the one ended first
     first = jnp.take_along_axis(joined, column[..., None], axis=1)
     at = pick(jnp.pad(take(table.inner_start), ((0, 0), (0, 1)))) + nth
     within = jnp.asarray(table.inner)[jnp.clip(at, 0, len(table.inner) - 1)]
@@ -135,7 +137,7 @@ def repeats(
     if grams < times:
         return jnp.zeros(tokens.shape[0], bool)
     mixed = _mixed(hashes)
-    bases = jnp.array(WORD_BASES, jnp.uint32)
+    bases = jnp.array(WORD_BASES, jnp.uint32)[None, None, :]
     gram = jnp.zeros_like(mixed[:, :grams])
     for k in range(ngram):
         gram = gram * bases + mixed[:, k : k + grams]

@@ -133,7 +133,8 @@ def _spelled(
     pick = lambda x: jnp.take_along_axis(x, column, axis=1)[:, 0]
     at = jnp.where(inside.any(1), jnp.asarray(first)[pick(owners)] + cut - pick(token_begin), 0)
     row = jnp.asarray(rows)[at]  # cut 0 of a token has row 0
-    return jnp.asarray(table.ids)[row], jnp.arange(table.ids.shape[1]) < jnp.asarray(table.length)[row][:, None]
+    within = jnp.arange(table.ids.shape[1])[None, :] < jnp.asarray(table.length)[row][:, None]
+    return jnp.asarray(table.ids)[row], within
 
 
 def splice(
@@ -242,7 +243,7 @@ def baseline_rows(prompts: Prompts, tokenizer: Tokenizer, *, width: int, pad_wit
         )
     every = lambda ids: jnp.broadcast_to(jnp.asarray(ids), (rows, len(ids)))
     spaces = (every(space), jnp.full((rows, len(space)), pad_with_space))
-    in_prompt = jnp.arange(prompt_width) < prompts.prompt_len[:, None]
+    in_prompt = jnp.arange(prompt_width)[None, :] < prompts.prompt_len[:, None]
     reference = (prompts.reference, prompts.reference != tokenizer.pad_id)
     end = (every(np.array([tokenizer.eos_id], np.int32)), jnp.ones((rows, 1), bool))
     tokens, lies, length = pack([(prompts.tokens, in_prompt), spaces, reference, spaces, end], width, tokenizer.pad_id)

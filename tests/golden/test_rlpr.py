@@ -257,9 +257,10 @@ TINY = tiny_model()
 def tiny_scores(temperature=0.7):
     def run(params, rollout):
         mask, completion_len = rollout.completion_mask, rollout.tokens.shape[1] - PROMPT_WIDTH
-        return score(
-            params, rollout.tokens, rollout.prompt_len, mask, jnp.float32(temperature), TINY, completion_len
-        ).logprobs
+        with jax.numpy_rank_promotion("allow"):  # models do broadcast
+            return score(
+                params, rollout.tokens, rollout.prompt_len, mask, jnp.float32(temperature), TINY, completion_len
+            ).logprobs
 
     return run
 
@@ -298,20 +299,28 @@ def test_reference_probability_is_the_plain_forwards():
         )
     )
 
-    def plain(start, reference):
-        """Mean probability of a row's reference behind ``start``, from the logits of one forward."""
-        ids = jnp.array([[*start, *reference]])
-        out = transformer.forward(params, ids, jnp.ones(ids.shape, bool), TINY)
-        logits = (out.hidden[0] @ transformer.unembedding(params, TINY)) / temperature
-        gathered = [jax.nn.log_softmax(logits[t - 1])[ids[0, t]] for t in range(len(start), ids.shape[1])]
-        return float(np.mean(np.exp(gathered))) if reference else 0.0
+    @jax.jit
+    def every_logprob(ids):
+        with jax.numpy_rank_promotion("allow"):
+            hidden = transformer.forward(params, ids, ids != 0, TINY).hidden
+        return jax.nn.log_softmax(hidden @ transformer.unembedding(params, TINY) / temperature)
 
-    starts = [list(np.asarray(prompts.tokens[row, :n])) for row, n in enumerate(length)]
-    wanted = [plain([*start, 5, 3], ids) for start, ids in zip(starts, reference, strict=True)]
+    def plain(*between):
+        """Mean probability of each reference behind its prompt and some tokens, gathered from all log-probabilities."""
+        starts = [[*np.asarray(prompts.tokens[row, :n]), *between] for row, n in enumerate(length)]
+        ids = np.zeros((4, width), np.int32)
+        for row, start, rest in zip(ids, starts, reference, strict=True):
+            row[: len(start) + len(rest)] = [*start, *rest]
+        logprobs = np.asarray(every_logprob(ids))
+        gathered = [
+            [logprobs[row, len(start) + t - 1, token] for t, token in enumerate(rest)]
+            for row, (start, rest) in enumerate(zip(starts, reference, strict=True))
+        ]
+        return [np.mean(np.exp(row)) if row else 0.0 for row in gathered]
+
     found = ask(params)
-    np.testing.assert_allclose(found.parts["reference_probability"], wanted, atol=1e-5)
-    wanted = [plain([*start, 4], ids) for start, ids in zip(starts, reference, strict=True)]
-    np.testing.assert_allclose(begin(params), wanted, atol=1e-5)
+    np.testing.assert_allclose(found.parts["reference_probability"], plain(5, 3), atol=1e-5)  # behind "1#"
+    np.testing.assert_allclose(begin(params), plain(4), atol=1e-5)  # behind a space
 
 
 # VeriFree: p = .8 .4 .2 0, the last row without a tag. Mean .35, A = 4/3 (p - .35) = .6, .066667, -.2, -.466667.
