@@ -113,6 +113,22 @@ def _transitions(tag: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.where(ends, border[size], follow[:size]), ends
 
 
+def _runs(tag: bytes, columns: list[tuple[np.ndarray, np.ndarray]], vocabulary_size: int) -> np.ndarray:
+    """``Automata.table`` of one tag for every token, [V S 4]; ``columns`` are the tokens that have a w-th byte, and it."""
+    follow, ends = _transitions(tag)
+    state = np.tile(np.arange(len(tag), dtype=np.int32), (vocabulary_size, 1))
+    count, first, last = np.zeros((3, *state.shape), np.int32)
+    for w, (longer, byte) in enumerate(columns):
+        now = state[longer]
+        hit = ends[now, byte[:, None]]
+        if hit.any():
+            count[longer] += hit
+            first[longer] = np.where(hit & (first[longer] == 0), w + 1, first[longer])
+            last[longer] = np.where(hit, w + 1, last[longer])
+        state[longer] = follow[now, byte[:, None]]
+    return np.stack([state, count, first, last], axis=-1)
+
+
 @functools.lru_cache(maxsize=8)
 def automata(tags: tuple[str, ...], piece_bytes: tuple[bytes, ...]) -> Automata:
     """Compiles tags for a vocabulary. Raises ValueError for an empty tag, which would occur everywhere."""
@@ -120,24 +136,17 @@ def automata(tags: tuple[str, ...], piece_bytes: tuple[bytes, ...]) -> Automata:
         raise ValueError(f"tags {tags}: an empty one occurs everywhere; leave it out.")
     spelled = [tag.encode() for tag in tags]
     length = vocabulary(piece_bytes).length
-    table = np.zeros((len(length), len(tags), max(map(len, spelled)), 4), np.int16)
-    for k, tag in enumerate(spelled):
-        follow, ends = _transitions(tag)
-        run = table[:, k, : len(tag)]
-        run[..., 0] = np.arange(len(tag))
-        for w in range(int(length.max())):
-            longer = np.flatnonzero(length > w)
-            byte = np.array([piece_bytes[v][w] for v in longer])[:, None]
-            now = run[longer]
-            hit = ends[now[..., 0], byte]
-            now[..., 2] = np.where(hit & (now[..., 1] == 0), w + 1, now[..., 2])
-            now[..., 3] = np.where(hit, w + 1, now[..., 3])
-            now[..., 1] += hit
-            now[..., 0] = follow[now[..., 0], byte]
-            run[longer] = now
-    rows, kind = np.unique(table.reshape(len(length), -1), axis=0, return_inverse=True)
-    shape = (len(rows), *table.shape[1:])
-    return Automata(tuple(map(len, spelled)), kind.reshape(-1).astype(np.int32), rows.reshape(shape).astype(np.int32))
+    columns = []
+    for w in range(int(length.max())):
+        longer = np.flatnonzero(length > w)
+        columns.append((longer, np.array([piece_bytes[v][w] for v in longer], np.int32)))
+    states = max(map(len, spelled))
+    runs = [_runs(tag, columns, len(length)) for tag in spelled]
+    table = np.stack([np.pad(run, ((0, 0), (0, states - run.shape[1]), (0, 0))) for run in runs], axis=1)
+    kinds: dict[bytes, int] = {}
+    kind = np.array([kinds.setdefault(row.tobytes(), len(kinds)) for row in table], np.int32)
+    _, example = np.unique(kind, return_index=True)
+    return Automata(tuple(map(len, spelled)), kind, table[example])
 
 
 def written(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], vocabulary_size: int) -> Int[Array, "N T"]:
