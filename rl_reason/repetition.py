@@ -78,9 +78,9 @@ def pieces(piece_bytes: tuple[bytes, ...]) -> Pieces:
 
 
 def _mixed(x: UInt32[Array, "N W 2"]) -> UInt32[Array, "N W 2"]:
-    """Murmur3's finalizer, each half stirred with the other: words that differ little then have hashes that differ much."""
-    x = x ^ (x[..., ::-1] * jnp.uint32(0x9E3779B1))
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    """Murmur3's finalizer, one to one: words that differ little then have hashes that differ much."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
