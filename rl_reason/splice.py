@@ -183,8 +183,7 @@ def splice(
         *tail,
     ]
     tokens, lies, length = pack(parts, width, tokenizer.pad_id)
-    fits = length - rollout.prompt_len <= min(completion_len, width)
-    fits &= length <= width
+    fits = (length - rollout.prompt_len <= completion_len) & (length <= width)
     done = (answer.formed & fits & (reference != tokenizer.pad_id).any(1))[:, None]
     return Spliced(
         tokens=jnp.where(done, tokens, rollout.tokens),

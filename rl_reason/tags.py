@@ -117,7 +117,7 @@ def _runs(tag: bytes, columns: list[tuple[np.ndarray, np.ndarray]], vocabulary_s
     """``Automata.table`` of one tag for every token, [V S 4]; ``columns`` are the tokens that have a w-th byte, and it."""
     follow, ends = _transitions(tag)
     state = np.tile(np.arange(len(tag), dtype=np.int32), (vocabulary_size, 1))
-    count, first, last = np.zeros((3, *state.shape), np.int32)
+    count, first, last = (np.zeros_like(state) for _ in range(3))
     for w, (longer, byte) in enumerate(columns):
         now = state[longer]
         hit = ends[now, byte[:, None]]

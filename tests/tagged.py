@@ -8,6 +8,7 @@ import numpy as np
 
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.tags import Format
+from rl_reason.types import Prompts, Rollout
 
 TOKENIZER = Tokenizer.load()
 R1 = Format("<think>", "</think>", "<answer>", "</answer>")
@@ -94,3 +95,45 @@ class Pieces(typing.NamedTuple):
 
 
 TOKENIZERS = {"embedded": TOKENIZER, "pieces": Pieces()}
+
+ASKED, FIVE = TOKENIZER.encode("2+3="), TOKENIZER.encode("5")
+COMPLETION = 48  # tokens
+
+
+def sampled(texts, baseline=None, truncated=False, reference=FIVE):
+    """(rollout, prompts): completions of one prompt, EOS behind each."""
+    width = len(ASKED) + COMPLETION
+    lists = [[*ASKED, *TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts]
+    tokens = np.full((len(texts), width), TOKENIZER.pad_id, np.int32)
+    for row, ids in zip(tokens, lists, strict=True):
+        row[: len(ids)] = ids
+    columns, length = np.arange(width), np.array([[len(ids)] for ids in lists])
+    one = jnp.zeros(1, jnp.int32)
+    prompts = Prompts(
+        tokens=jnp.array([ASKED]),
+        prompt_len=one + len(ASKED),
+        example_id=one,
+        uid=one,
+        reference=jnp.array([[*reference, TOKENIZER.pad_id]]),
+        baseline=None if baseline is None else jnp.array([baseline]),
+    )
+    rollout = Rollout(
+        tokens=jnp.asarray(tokens),
+        prompt_len=jnp.full(len(texts), len(ASKED), jnp.int32),
+        completion_mask=jnp.asarray((columns >= len(ASKED)) & (columns < length)),
+        rollout_logprobs=jnp.full(tokens.shape, -0.5),
+        sampled_logprobs=jnp.full(tokens.shape, -0.25),
+        prompt_id=jnp.zeros(len(texts), jnp.int32),
+        truncated=jnp.full(len(texts), truncated),
+        off_policy=jnp.zeros(len(texts), bool),
+    )
+    return rollout, prompts
+
+
+def always(probability):
+    """Log-probabilities of a policy that gives every token the same."""
+    return lambda params, rollout: jnp.where(rollout.completion_mask, jnp.log(probability), 0.0)
+
+
+def judged(scores):
+    return jnp.array(scores, jnp.float32), jnp.ones(len(scores), bool)

@@ -1,4 +1,4 @@
-"""RLPR, VeriFree and General-Reasoner by hand: probabilities of the reference, shaped rewards, the filter, the losses."""
+"""RLPR by hand: probabilities of the reference, shaped rewards, the filter; and on a tiny model, what a forward says."""
 
 import functools
 import typing
@@ -8,17 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reason.aggregation import aggregate
-from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.methods import general_reasoner, grpo, rlpr, verifree
+from rl_reason.methods import grpo, rlpr
 from rl_reason.models import transformer
 from rl_reason.models.score import score
 from rl_reason.types import Prompts, Rollout
 from tests.support import COMPLETION_LEN, EOS, PROMPT_WIDTH, VOCAB, tiny_model, tiny_params, tiny_prompts
+from tests.tagged import TOKENIZER, always, judged, sampled
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
-TOKENIZER = Tokenizer.load()
 PROBABILITY = functools.partial(rlpr.mean_probability, aggregate="mean_probability", round_to_bf16=False)
 
 
@@ -89,8 +87,6 @@ def test_advantages_of_shaped_rewards():
 
 
 # The whole reward, on text. A prompt "2+3=" and four completions; the reference is "5".
-COMPLETION, REFERENCE = 48, TOKENIZER.encode("5")
-PROMPT = TOKENIZER.encode("2+3=")
 WORDS = "a " * 18
 TEXTS = ["####7", "7", f"{WORDS}####7", f"a {WORDS}####7"]
 EMBEDDED = dict(think_open="", think_close="", answer_open="####", answer_close="", pad_with_space=False)
@@ -104,45 +100,6 @@ RLPR: dict[str, typing.Any] = dict(
     repetition_times=10,
     repetition_penalty=1.0,
 )
-
-
-def sampled(texts, baseline=None, truncated=False, reference=REFERENCE):
-    """(rollout, prompts): completions of one prompt, EOS behind each."""
-    width = len(PROMPT) + COMPLETION
-    lists = [[*PROMPT, *TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts]
-    tokens = np.full((len(texts), width), TOKENIZER.pad_id, np.int32)
-    for row, ids in zip(tokens, lists, strict=True):
-        row[: len(ids)] = ids
-    columns, length = np.arange(width), np.array([[len(ids)] for ids in lists])
-    one = jnp.zeros(1, jnp.int32)
-    prompts = Prompts(
-        tokens=jnp.array([PROMPT]),
-        prompt_len=one + len(PROMPT),
-        example_id=one,
-        uid=one,
-        reference=jnp.array([[*reference, TOKENIZER.pad_id]]),
-        baseline=None if baseline is None else jnp.array([baseline]),
-    )
-    rollout = Rollout(
-        tokens=jnp.asarray(tokens),
-        prompt_len=jnp.full(len(texts), len(PROMPT), jnp.int32),
-        completion_mask=jnp.asarray((columns >= len(PROMPT)) & (columns < length)),
-        rollout_logprobs=jnp.full(tokens.shape, -0.5),
-        sampled_logprobs=jnp.full(tokens.shape, -0.25),
-        prompt_id=jnp.zeros(len(texts), jnp.int32),
-        truncated=jnp.full(len(texts), truncated),
-        off_policy=jnp.zeros(len(texts), bool),
-    )
-    return rollout, prompts
-
-
-def always(probability):
-    """Log-probabilities of a policy that gives every token the same."""
-    return lambda params, rollout: jnp.where(rollout.completion_mask, jnp.log(probability), 0.0)
-
-
-def judged(scores):
-    return jnp.array(scores, jnp.float32), jnp.ones(len(scores), bool)
 
 
 @functools.cache
@@ -321,113 +278,3 @@ def test_reference_probability_is_the_plain_forwards():
     found = ask(params)
     np.testing.assert_allclose(found.parts["reference_probability"], plain(5, 3), atol=1e-5)  # behind "1#"
     np.testing.assert_allclose(begin(params), plain(4), atol=1e-5)  # behind a space
-
-
-# VeriFree: p = .8 .4 .2 0, the last row without a tag. Mean .35, A = 4/3 (p - .35) = .6, .066667, -.2, -.466667.
-P = jnp.array([0.8, 0.4, 0.2, 0.0])
-THINK = jnp.array([-2.0, -1.5, -3.0, -2.5])  # sums of log-probabilities of the reasoning, in two tokens each
-
-
-def verifree_loss(logprobs, reference_only=False):
-    """Columns 0 and 1 are reasoning, 2 is the reference, 3 is neither."""
-    mask = jnp.array([[True, True, True, False]] * 3 + [[True, True, False, False]])
-    reference = jnp.array([[False, False, True, False]] * 3 + [[False] * 4])
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool)).reshape(4, 1)
-    terms, metrics = verifree.objective(logprobs, jnp.broadcast_to(advantages, (4, 4)), P, mask, reference)
-    losses = {name: aggregate(term, mask, "seq_mean_token_sum") for name, term in terms.items()}
-    return losses["reference"] if reference_only else sum(losses.values()), (losses, metrics)
-
-
-def verifree_logprobs():
-    reference = jnp.log(jnp.where(P > 0, P, 1.0))
-    return jnp.stack([THINK / 2, THINK / 2, reference, jnp.full(4, jnp.nan)], axis=1)
-
-
-def test_verifree_advantages_are_rloo():
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool))
-    np.testing.assert_allclose(advantages[0], [0.6, 0.066667, -0.2, -0.466667], atol=1e-6)
-    # Without the second row: .8 - mean(.2, 0) = .7, .2 - .4 = -.2, 0 - .5; a group of one has nobody to compare with.
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.array([[True, False, True, True]]))
-    np.testing.assert_allclose(advantages[0], [0.7, 0, -0.2, -0.5], atol=1e-6)
-    np.testing.assert_array_equal(verifree.advantages(P.reshape(4, 1), jnp.ones((4, 1), bool)), 0.0)
-
-
-def test_verifree_loss():
-    # policy: (.6 * 2 + .066667 * 1.5 - .2 * 3 - .466667 * 2.5) / 4 = -.466667 / 4 = -.116667.
-    # reference: (.8 * .223144 + .4 * .916291 + .2 * 1.609438) / 4 = .866919 / 4 = .216730; the row without one counts.
-    total, (losses, metrics) = verifree_loss(verifree_logprobs())
-    assert float(losses["policy"]) == pytest.approx(-0.116667, abs=1e-6)
-    assert float(losses["reference"]) == pytest.approx(0.216730, abs=1e-6)
-    assert float(total) == pytest.approx(0.100063, abs=1e-6)
-    # (-.223144 - .916291 - 1.609438) / 3
-    assert float(metrics["verifree/reference_logprob"]) == pytest.approx(-0.916291, abs=1e-6)
-
-
-def test_verifree_gradient():
-    # -A / 4 on reasoning, -p / 4 on the reference, nothing elsewhere.
-    grad = jax.grad(lambda x: verifree_loss(x)[0])(verifree_logprobs())
-    a, p = np.array([0.6, 0.066667, -0.2, -0.466667]) / 4, np.array([0.8, 0.4, 0.2, 0.0]) / 4
-    np.testing.assert_allclose(grad, np.stack([-a, -a, -p, 0 * a], axis=1), atol=1e-6)
-
-
-def verifree_rewarded(texts, **kind):
-    rollout, prompts = sampled(texts, reference=TOKENIZER.encode("55"), **kind)
-    hyper = dict(answer_open="####", pad_with_space=False)
-    ask = lambda rollout, prompts: verifree.reward(
-        *judged([1] * len(texts)), rollout, prompts, {}, TOKENIZER, always(0.5), **hyper
-    )
-    return jax.jit(ask)(rollout, prompts), rollout
-
-
-def test_verifree_rows():
-    # Two tokens at .5: p = .25. "1####7" becomes "1####55" with EOS: trained on are what was sampled, "1####", and "55".
-    (rewards, rows), rollout = verifree_rewarded(["1####7", "7"])
-    np.testing.assert_allclose(rewards.total, [0.25, 0.0], atol=1e-6)
-    assert rows.reference_mask is not None
-    start, five, mark = len(PROMPT), TOKENIZER.encode("5")[0], TOKENIZER.encode("####")
-    kept = len(TOKENIZER.encode("1####"))
-    assert rows.tokens[0, start : start + kept + 3].tolist() == [
-        *TOKENIZER.encode("1"), *mark, five, five, TOKENIZER.eos_id
-    ]  # fmt: skip
-    columns = np.arange(rows.tokens.shape[1])
-    reference = (columns >= start + kept) & (columns < start + kept + 2)
-    np.testing.assert_array_equal(rows.reference_mask[0], reference)
-    np.testing.assert_array_equal(rows.completion_mask[0], (columns >= start) & (columns < start + kept + 2))
-    # The sampler's log-probabilities stay with its tokens; the reference has the policy's.
-    np.testing.assert_allclose(rows.rollout_logprobs[0][reference], np.log(0.5), atol=1e-6)
-    np.testing.assert_array_equal(rows.rollout_logprobs[0, start : start + kept], -0.5)
-    np.testing.assert_array_equal(rows.sampled_logprobs[0, start : start + kept], -0.25)
-    assert not rows.rollout_logprobs[0, start + kept + 2 :].any()
-    # Without a mark the row is trained on as it was sampled.
-    np.testing.assert_array_equal(rows.tokens[1], rollout.tokens[1])
-    np.testing.assert_array_equal(rows.completion_mask[1], rollout.completion_mask[1])
-    assert not rows.reference_mask[1].any()
-
-
-def test_verifree_without_an_end():
-    (rewards, rows), rollout = verifree_rewarded(["1####7"], truncated=True)
-    assert float(rewards.total[0]) == 0.0 and rows.reference_mask is not None and not rows.reference_mask.any()
-    np.testing.assert_array_equal(rows.tokens, rollout.tokens)
-    np.testing.assert_array_equal(rows.completion_mask, rollout.completion_mask)
-
-
-def test_general_reasoner_reward():
-    # The reference "55" has 2 tokens. Right with 2: 1; with 4: 1 - .05 * 2; with 14: 12 more, of which 10 count: .5.
-    # Wrong: 0. No mark, or nothing behind it: -.5. Blanks around an answer are no part of it.
-    texts = ["####55", "1#### 5555 ", f"####{'5' * 14}", "####54", "55", "####  "]
-    rollout, prompts = sampled(texts, reference=TOKENIZER.encode("55"))
-    rewards = general_reasoner.reward(
-        *judged([1, 1, 1, 0, 1, 0]),
-        rollout,
-        prompts,
-        TOKENIZER,
-        answer_open="####",
-        answer_close="",
-        no_answer=-0.5,
-        length_coef=0.05,
-        max_length_gap_tokens=10,
-    )
-    np.testing.assert_allclose(rewards.total, [1, 0.9, 0.5, 0, -0.5, -0.5], atol=1e-6)
-    np.testing.assert_array_equal(rewards.parts["format"], [1, 1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(rewards.parts["length_gap"], [0, 2, 12, 0, 0, 0])
-    np.testing.assert_array_equal(rewards.correct, [1, 1, 1, 0, 1, 0])
