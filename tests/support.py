@@ -143,9 +143,11 @@ def tiny_parts(
     )
     plan = BatchPlan(**sizes | plan)
     shapes = dict(group_size=plan.num_samples, num_shards=plan.row_shards)
+    tiny, token_reward = tiny_model(**model or {}), parts.token_reward
     return dataclasses.replace(
         parts,
-        model=tiny_model(**model or {}),
+        model=tiny,
+        token_reward=None if token_reward is None else dataclasses.replace(token_reward, model=tiny),
         rollout=tiny_rollout(**shapes | dict(rollout or {})),
         plan=plan,
     )

@@ -10,8 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FLOORS = [  # ground first; a room (a module or a folder) may import lower floors and itself
     "types masked sharding processes",
-    "compilation interrupts checkpoint report",
-    "policy voting aggregation batch sampling models tasks",
+    "compilation interrupts checkpoint report tags",
+    "policy voting aggregation batch sampling models tasks splice repetition",
     "methods data rollout verifier_worker",
     "slots verifier_pool",
     "rewards",
