@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> Config:
         max_prompt_len_tokens=18,
         max_demonstration_len_tokens=24,
         max_reference_len_tokens=8,
+        references=False,  # whether prompts bring the oracle's answer; verify="graph" always has them do so
     )
 
     config.warmup = dict(
@@ -104,6 +105,7 @@ def get_config(arg: str = "") -> Config:
     config.verifier = dict(num_workers=2, deadline_s=5.0)  # not used by "graph"
     config.answer_rule = "v2"  # for votes: "v1", "v2" or "equivalence"; see docs/papers.md, "Comparing answers"
     config.reward = call("verdict.reward", right=1.0, wrong=0.0)
+    config.baseline = config_dict.placeholder(ml_collections.ConfigDict)  # what Prompts.baseline is filled with
     config.selection = config_dict.placeholder(ml_collections.ConfigDict)
     config.advantages = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6)  # verl's
     config.correction = config_dict.placeholder(ml_collections.ConfigDict)

@@ -80,6 +80,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
             make_verifier(train.names, tokenizer)  # refuses tasks without one, by name
         else:
             raise ValueError("config.verify='graph' needs tasks; use 'callback', 'split' or 'overlapped' with files.")
+    _check_examples(config, train)
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
@@ -152,6 +153,20 @@ def _check_run(config: Config) -> None:
         )
 
 
+def _check_examples(config: Config, source: Source) -> None:
+    """What methods read of prompts has to be there, before anything compiles."""
+    example = source.example(0)
+    if config.data.references and example.reference is None:
+        raise ValueError(
+            f"{config.reward.fn} reads reference answers, and the data has none; set config.data.answer_key to their column."
+        )
+    if config.batch.demonstrations and example.demonstration is None:
+        raise ValueError(
+            f"config.batch.demonstrations={config.batch.demonstrations}, and the data has no worked solutions; set "
+            "config.data.demonstration_key to their column."
+        )
+
+
 def _slots(config: Config) -> dict[str, slots.Slot | None]:
     """The slots; overlapped rollouts are one step off-policy and always corrected."""
     found = slots.resolve_all(config.to_dict())
@@ -183,7 +198,7 @@ def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:
 def make_source_of(config: Config, tokenizer: Tokenizer, split: str) -> Source:
     """The config's training or held-out data."""
     data = config.data.to_dict()
-    for key in ("max_demonstration_len_tokens", "max_reference_len_tokens"):
+    for key in ("max_demonstration_len_tokens", "max_reference_len_tokens", "references"):
         data.pop(key)
     return make_source(seed=config.seed, split=split, encode=tokenizer.encode, **data)
 

@@ -22,6 +22,7 @@ _OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy adva
 token_scores rewards correct success_rate off_policy key"""
 _REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs"
 _NAMES = {
+    "baseline": "prompts rollout ref_params tokenizer score_logprobs",
     "reward": _REWARD,
     "selection": "rewards correct valid stats step key",
     "advantages": _ADVANTAGES,
@@ -29,7 +30,7 @@ _NAMES = {
     "objective": _OBJECTIVE,
 }
 OFFERED: dict[str, frozenset[str]] = {slot: frozenset(names.split()) for slot, names in _NAMES.items()}
-OPTIONAL = frozenset({"selection", "correction"})  # slots that a config may leave None
+OPTIONAL = frozenset({"baseline", "selection", "correction"})  # slots that a config may leave None
 
 
 class Slot(typing.NamedTuple):

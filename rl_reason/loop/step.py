@@ -66,6 +66,11 @@ def reward_phase(
         rows = dict(tokens=rollout.tokens, prompt_len=rollout.prompt_len, row_mask=rollout.completion_mask)
         return _score_in_pieces(parts, params, ScoredRows(**rows), sampling.temperature)
 
+    tools = dict(tokenizer=parts.tokenizer, score_logprobs=score_logprobs)
+    if (baseline := parts.slots["baseline"]) is not None:
+        offered = dict(prompts=prompts, rollout=rollout, ref_params=state.ref_params) | tools
+        prompts = dataclasses.replace(prompts, baseline=baseline(offered))
+
     out = reward(
         dict(
             score=verdicts.score,
@@ -78,15 +83,11 @@ def reward_phase(
             models=state.models,
             stats=state.stats,
             key=_step_key(state, REWARD),
-            tokenizer=parts.tokenizer,
-            score_logprobs=score_logprobs,
+            **tools,
         )
     )
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
-    rewards = dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid)
-    if parts.wants("sampled_mean") or parts.wants("sampled_count"):
-        rewards = _with_sampled_statistics(rewards, parts.plan.group_size)
-    return rewards, rollout
+    return dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid), rollout
 
 
 def _with_sampled_statistics(rewards: Rewards, group_size: int) -> Rewards:
@@ -113,6 +114,8 @@ class Selected(typing.NamedTuple):
 def choose_rows(parts: Parts, state: TrainState, rollout: Rollout, rewards: Rewards) -> Selected:
     """The selection slot, then stable compaction of each group to train_group_size rows."""
     plan, selection = parts.plan, parts.slots["selection"]
+    if parts.wants("sampled_mean") or parts.wants("sampled_count"):
+        rewards = _with_sampled_statistics(rewards, plan.group_size)
     groups = lambda x: x.reshape(-1, plan.group_size)
     valid = groups(rewards.valid)
     keep, stats = valid, state.stats

@@ -80,7 +80,6 @@ def reward(
     pad_with_space: bool,
     aggregate: str,
     round_to_bf16: bool,
-    debias: bool,
     format_coef: float,
     repetition_ngram: int,
     repetition_times: int,
@@ -89,8 +88,8 @@ def reward(
     """R of each row, from one more forward of the current policy over rows with the reference in the answer's place.
 
     B is 0, and R at most c, where a row has no well-formed answer, where the reference is empty, and where the spliced
-    row is longer than a completion may be. Without ``debias``, or without a baseline in the prompts, A is 0. The verdict
-    is ``correct`` and nothing else: it stays a metric, and only rows whose verifier failed are left out because of it.
+    row is longer than a completion may be. Without a baseline in the prompts (``config.baseline``) A is 0. The verdict is
+    ``correct`` and nothing else: it stays a metric, and only rows whose verifier failed are left out because of it.
 
     Raises:
         ValueError: prompts without references, or without an opening tag to find answers by.
@@ -102,7 +101,7 @@ def reward(
         logprobs, spliced.reference_mask, aggregate=aggregate, round_to_bf16=round_to_bf16
     ).astype(score.dtype)
     without = jnp.zeros_like(probability)
-    if debias and prompts.baseline is not None:
+    if prompts.baseline is not None:
         without = prompts.baseline[rollout.prompt_id].astype(probability.dtype)
     repeated = repeats(
         rollout.tokens,
@@ -131,22 +130,23 @@ def reward(
 
 
 def baseline(
-    params: PyTree,
     prompts: Prompts,
+    rollout: Rollout,
+    ref_params: PyTree,
     tokenizer: Tokenizer,
     score_logprobs: ScoreLogprobs,
     *,
-    width: int,
     pad_with_space: bool,
     aggregate: str,
 ) -> Float[Array, " B"]:
     """A: the reference's probability straight after the prompt, without tags, unrounded; 0 for an empty reference.
 
-    To be called once, with the initial model, and kept by example; ``width`` is the rollout's T.
+    By the initial model, whatever the step: the authors' code scores each prompt once, at step 0, and keeps the number. The
+    numbers are the same, and prompts need not be known beforehand; it costs a forward of one row a prompt.
     """
-    rows = baseline_rows(prompts, tokenizer, width=width, pad_with_space=pad_with_space)
+    rows = baseline_rows(prompts, tokenizer, width=rollout.tokens.shape[1], pad_with_space=pad_with_space)
     assert rows.reference_mask is not None
-    logprobs = jax.lax.stop_gradient(score_logprobs(params, rows))
+    logprobs = jax.lax.stop_gradient(score_logprobs(ref_params, rows))
     return mean_probability(logprobs, rows.reference_mask, aggregate=aggregate, round_to_bf16=False)
 
 

@@ -3,7 +3,8 @@
     p_i  = exp(sum_t log pi(reference_t | prompt, reasoning_i))
     loss = mean_i [ -A_i sum_{t in reasoning} log pi_t - p_i sum_{t in reference} log pi_t ],   A_i = p_i - mean_{j != i} p_j
 
-A and p are constants; there is no ratio, no clip and no length normalisation: ``seq_mean_token_sum`` for both terms.
+A (``rloo.advantages``) and p are constants; there is no ratio, no clip and no length normalisation:
+``seq_mean_token_sum`` for both terms.
 Departures from the authors' code: p and the second term are over the reference's own tokens, where theirs also counts
 the frame around it (``> \\boxed{ } </answer>``); tokens that only spell a cut one anew get no loss; the last opening tag is
 cut at, not the first.
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rl_reason.masked import masked_mean, masked_sum
-from rl_reason.policy import group_centred
 from rl_reason.splice import as_rollout, splice_references
 from rl_reason.tags import Format, Tokenizer
 from rl_reason.types import Metrics, Prompts, Rewards, Rollout
@@ -68,12 +68,6 @@ def reward(
     correct = as_float(jnp.where(valid, score, 0.0) >= 1.0)
     parts = dict(reference_probability=total, format=as_float(reference_mask.any(1)))
     return Rewards(total=total, correct=correct, valid=valid, parts=parts), rows
-
-
-def advantages(rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
-    """RLOO: r_i - mean of the others' r = n / (n - 1) (r_i - mean), over a group's valid rows; 0 for a group of one."""
-    centred, count, _ = group_centred(rewards, valid)
-    return centred * count / jnp.maximum(count - 1, 1)
 
 
 def objective(

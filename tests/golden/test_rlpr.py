@@ -94,7 +94,6 @@ RLPR: dict[str, typing.Any] = dict(
     **EMBEDDED,
     aggregate="mean_probability",
     round_to_bf16=False,
-    debias=True,
     format_coef=0.1,
     repetition_ngram=10,
     repetition_times=10,
@@ -103,11 +102,10 @@ RLPR: dict[str, typing.Any] = dict(
 
 
 @functools.cache
-def rewarded(debias=True, baseline: float | None = 0.3):
+def rewarded(baseline: float | None = 0.3):
     rollout, prompts = sampled(TEXTS, baseline)
-    hyper = RLPR | dict(debias=debias)
     ask = lambda rollout, prompts: rlpr.reward(
-        *judged([1, 0, 1, 0]), rollout, prompts, {}, TOKENIZER, always(0.75), **hyper
+        *judged([1, 0, 1, 0]), rollout, prompts, {}, TOKENIZER, always(0.75), **RLPR
     )
     return jax.jit(ask)(rollout, prompts)
 
@@ -125,10 +123,10 @@ def test_reward():
 
 
 def test_reward_without_a_baseline():
-    # .9 * .75 + .1 = .775, by debias=False or because the prompts have none.
-    for rewards in (rewarded(debias=False), rewarded(baseline=None)):
-        np.testing.assert_allclose(rewards.total, [0.775, 0, 0.775, -0.225], atol=1e-6)
-        np.testing.assert_array_equal(rewards.parts["baseline"], 0)
+    # .9 * .75 + .1 = .775: the prompts have none.
+    rewards = rewarded(baseline=None)
+    np.testing.assert_allclose(rewards.total, [0.775, 0, 0.775, -0.225], atol=1e-6)
+    np.testing.assert_array_equal(rewards.parts["baseline"], 0)
 
 
 FILTER = dict(beta=0.5, ema_decay=0.99, start_record_step=6, start_filter_step=11)
@@ -246,13 +244,13 @@ def test_reference_probability_is_the_plain_forwards():
         truncated=jnp.zeros(4, bool),
         off_policy=jnp.zeros(4, bool),
     )
-    hyper = RLPR | dict(answer_open="#", debias=False)
+    hyper = RLPR | dict(answer_open="#")
     ask = jax.jit(
         lambda params: rlpr.reward(*judged([1] * 4), rollout, prompts, params, Thirteen(), tiny_scores(), **hyper)
     )
     begin = jax.jit(
         lambda params: rlpr.baseline(
-            params, prompts, Thirteen(), tiny_scores(), width=width, pad_with_space=True, aggregate="mean_probability"
+            prompts, rollout, params, Thirteen(), tiny_scores(), pad_with_space=True, aggregate="mean_probability"
         )
     )
 

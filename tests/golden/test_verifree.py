@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rl_reason.aggregation import aggregate
-from rl_reason.methods import general_reasoner, verifree
+from rl_reason.methods import general_reasoner, rloo, verifree
 from tests.tagged import ASKED, TOKENIZER, always, judged, sampled
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
@@ -20,7 +20,7 @@ def verifree_loss(logprobs):
     """Columns 0 and 1 are reasoning, 2 is the reference, 3 is neither."""
     mask = jnp.array([[True, True, True, False]] * 3 + [[True, True, False, False]])
     reference = jnp.array([[False, False, True, False]] * 3 + [[False] * 4])
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool)).reshape(4, 1)
+    advantages = rloo.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool)).reshape(4, 1)
     terms, metrics = verifree.objective(logprobs, jnp.broadcast_to(advantages, (4, 4)), P, mask, reference)
     losses = {name: aggregate(term, mask, "seq_mean_token_sum") for name, term in terms.items()}
     return sum(losses.values()), (losses, metrics)
@@ -31,13 +31,13 @@ def verifree_logprobs():
     return jnp.stack([THINK / 2, THINK / 2, reference, jnp.full(4, jnp.nan)], axis=1)
 
 
-def test_verifree_advantages_are_rloo():
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool))
+def test_advantages_are_leave_one_out():
+    advantages = rloo.advantages(P.reshape(1, 4), jnp.ones((1, 4), bool))
     np.testing.assert_allclose(advantages[0], [0.6, 0.066667, -0.2, -0.466667], atol=1e-6)
     # Without the second row: .8 - mean(.2, 0) = .7, .2 - .4 = -.2, 0 - .5; a group of one has nobody to compare with.
-    advantages = verifree.advantages(P.reshape(1, 4), jnp.array([[True, False, True, True]]))
+    advantages = rloo.advantages(P.reshape(1, 4), jnp.array([[True, False, True, True]]))
     np.testing.assert_allclose(advantages[0], [0.7, 0, -0.2, -0.5], atol=1e-6)
-    np.testing.assert_array_equal(verifree.advantages(P.reshape(4, 1), jnp.ones((4, 1), bool)), 0.0)
+    np.testing.assert_array_equal(rloo.advantages(P.reshape(4, 1), jnp.ones((4, 1), bool)), 0.0)
 
 
 def test_verifree_loss():

@@ -61,7 +61,7 @@ def test_lists_the_methods_there_are():
 
 def test_only_some_slots_may_be_left_out():
     config = dict.fromkeys(slots.OFFERED)
-    with pytest.raises(ValueError, match=r"config\.reward is None; only \['correction', 'selection'\]"):
+    with pytest.raises(ValueError, match=r"config\.reward is None; only \['baseline', 'correction', 'selection'\]"):
         slots.resolve_all(config)
     config["reward"] = call("verdict.reward", right=1.0, wrong=0.0).to_dict()
     config["advantages"] = call("grpo.advantages", divide_by_std=True, ddof=1, std_eps=1e-6).to_dict()
