@@ -67,7 +67,10 @@ def get_config(arg: str = "") -> Config:
     )
 
     config.warmup = dict(
+        tasks=(),  # to draw worked solutions from, with their levels; () is the data's own
+        levels=(),
         num_steps=400,  # 0 starts RL from random weights
+        imitation_steps=0,  # then so many on the data's own worked solutions: fine-tuning before RL
         steps_per_call=25,
         batch_size=128,
         direct_share=0.6,  # demonstrations that give the answer without steps: what RL then learns not to do

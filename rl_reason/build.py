@@ -146,11 +146,12 @@ def _check_run(config: Config) -> None:
                 f"{per_call} steps at a time. Nearest: {value // max(per_call, 1) * per_call} or "
                 f"{(value // max(per_call, 1) + 1) * per_call}."
             )
-    if config.warmup.num_steps % max(config.warmup.steps_per_call, 1):
-        raise ValueError(
-            f"config.warmup.num_steps={config.warmup.num_steps} is no multiple of "
-            f"warmup.steps_per_call={config.warmup.steps_per_call}."
-        )
+    for key in ("num_steps", "imitation_steps"):
+        if config.warmup[key] % max(config.warmup.steps_per_call, 1):
+            raise ValueError(
+                f"config.warmup.{key}={config.warmup[key]} is no multiple of "
+                f"warmup.steps_per_call={config.warmup.steps_per_call}."
+            )
 
 
 def _check_examples(config: Config, source: Source) -> None:
@@ -203,6 +204,16 @@ def make_source_of(config: Config, tokenizer: Tokenizer, split: str) -> Source:
     return make_source(seed=config.seed, split=split, encode=tokenizer.encode, **data)
 
 
+def warmup_source(config: Config, tokenizer: Tokenizer) -> Source:
+    """Where the warm-up's worked solutions come from: the data's own, or other tasks that ``config.warmup`` names."""
+    w = config.warmup
+    if not w.tasks:
+        if w.levels:
+            raise ValueError("config.warmup.levels goes with config.warmup.tasks; name those too.")
+        return make_source_of(config, tokenizer, "train")
+    return make_source(seed=config.seed, split="train", tasks=w.tasks, levels=w.levels)
+
+
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     """The model's shapes, with the tokenizer's vocabulary."""
     return ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
@@ -226,7 +237,7 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
 
 def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
     """A rate of 0 while frozen, linear warm-up, then constant, cosine or linear decay to 0 over the run's updates."""
-    frozen = o["frozen_updates"]
+    frozen = o.get("frozen_updates", 0)
     if frozen:
         later = rl_schedule({**o, "frozen_updates": 0}, total_updates - frozen)
         return optax.join_schedules([optax.constant_schedule(0.0), later], [frozen])

@@ -85,19 +85,19 @@ def train(session: Session) -> Summary | None:
 
 
 def _warm_up(session: Session) -> PyTree:
-    w = session.experiment.config.warmup
+    total = warmup.total_steps(session.experiment)
     session.display.info(f"caches in {warmup.cache_root()}")
-    with session.display.phase("warm-up", w.num_steps) as phase, MetricsWriterOrNone(session, "warmup") as writer:
+    with session.display.phase("warm-up", total) as phase, MetricsWriterOrNone(session, "warmup") as writer:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             phase.update(step, {"loss": metrics["loss"]})
             if writer is not None:
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
-            _stop_if_asked(session, f"at warm-up step {step} of {w.num_steps}")
+            _stop_if_asked(session, f"at warm-up step {step} of {total}")
 
         warm = warmup.warm_up(session.experiment, on_step)
         if warm.cached:
-            phase.update(w.num_steps)
+            phase.update(total)
     if warm.cached:
         session.display.info(f"warm-up weights read from the cache in {warm.seconds:.1f} s")
     session.warmup_seconds = warm.seconds

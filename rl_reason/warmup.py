@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 import rl_reason
 from rl_reason import build, checkpoint, processes
+from rl_reason.data.sources import Source
 from rl_reason.data.stream import supervised_stream
 from rl_reason.loop import supervised
 
@@ -42,7 +43,10 @@ def fingerprint(experiment: build.Experiment) -> str:
     parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
     parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
     parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
-    parts |= dict(source=experiment.train.fingerprint, jax=jax.__version__, backend=jax.default_backend())
+    warm = build.warmup_source(config, experiment.tokenizer)
+    parts |= dict(
+        source=experiment.train.fingerprint, warm=warm.fingerprint, jax=jax.__version__, backend=jax.default_backend()
+    )
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name in MADE_BY:
         files = sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
@@ -55,7 +59,7 @@ def warm_up(experiment: build.Experiment, on_step: Callable[[int, dict[str, floa
     """Weights to start RL from; ``on_step(step, metrics)`` hears of every chunk."""
     began = time.perf_counter()
     params = build.init_params(experiment)
-    if not experiment.config.warmup.num_steps:
+    if not total_steps(experiment):
         return WarmedUp(params, 0.0, False)
     place = cache_root() / "warmup" / fingerprint(experiment)
     if place.exists():
@@ -80,17 +84,39 @@ def _keep(place: pathlib.Path, params: PyTree) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def total_steps(experiment: build.Experiment) -> int:
+    """Of the warm-up and of the imitation that may follow it."""
+    return experiment.config.warmup.num_steps + experiment.config.warmup.imitation_steps
+
+
 def train(
     experiment: build.Experiment,
     params: PyTree,
     on_step: Callable[[int, dict[str, float]], None],
 ) -> PyTree:
-    """Maximum likelihood on worked solutions."""
+    """Maximum likelihood on the warm-up's worked solutions, then on the data's own."""
+    w = experiment.config.warmup
+    warm = build.warmup_source(experiment.config, experiment.tokenizer)
+    params = _imitate(experiment, params, warm, w.num_steps, on_step)
+    later = lambda step, metrics: on_step(w.num_steps + step, metrics)
+    return _imitate(experiment, params, experiment.train, w.imitation_steps, later)
+
+
+def _imitate(
+    experiment: build.Experiment,
+    params: PyTree,
+    source: Source,
+    num_steps: int,
+    on_step: Callable[[int, dict[str, float]], None],
+) -> PyTree:
+    """``num_steps`` of maximum likelihood, each with a fresh optimizer and schedule."""
+    if not num_steps:
+        return params
     config, parts = experiment.config, experiment.supervised
     w = config.warmup
     rows = build.rows_sharding(experiment.mesh, leading=1)
     stream = supervised_stream(
-        experiment.train,
+        source,
         experiment.tokenizer,
         batch_size=w.batch_size,
         prompt_len=config.data.max_prompt_len_tokens,
@@ -100,7 +126,7 @@ def train(
     )
     chunk = jax.jit(supervised.make_chunk(parts), donate_argnums=0)
     state = build.init_state(experiment, parts, params)
-    for done in range(0, w.num_steps, w.steps_per_call):
+    for done in range(0, num_steps, w.steps_per_call):
         drawn = [next(stream) for _ in range(w.steps_per_call)]
         tokens, loss_mask = (np.stack(x) for x in zip(*drawn, strict=True))
         batches = supervised.Demonstrations(*processes.to_global((tokens, loss_mask), rows))

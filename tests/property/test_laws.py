@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reason import build, rewards
+from rl_reason import build, rewards, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.chunk import make_chunk
 from rl_reason.loop.update import Minibatch, apply_gradient, loss_and_gradient
@@ -30,7 +30,7 @@ ROWS, WIDTH = 8, 8
 
 def keys_of(config):
     """Every key of a config with its children; slots and loss terms are open, their keys are a method's own."""
-    open_keys = ("reward", "selection", "advantages", "correction", "objective", "aggregation", "kl", "entropy")
+    open_keys = (*slots.OFFERED, "aggregation", "kl", "entropy", "token_reward")
     return {
         key: keys_of(value) if key not in open_keys and hasattr(value, "items") else None
         for key, value in config.items()
