@@ -47,7 +47,8 @@ def get_config(arg: str = "") -> Config:
         tasks=("add", "sub", "dfa"),
         levels=((2,), (2,), (1, 2)),  # one tuple a task, () for all. One-digit sums are too few to hold any out
         weights=config_dict.placeholder(tuple),
-        num_examples=0,  # so many problems of the tasks, again and again; 0: always new ones
+        train_split="train",  # or "heldout": learning without labels, on the very questions that are evaluated
+        num_examples=0,  # RL on so many problems of the tasks, again and again; 0: always new ones
         files=(),
         heldout_files=(),
         verifier=config_dict.placeholder(object),
@@ -138,7 +139,6 @@ def get_config(arg: str = "") -> Config:
     )
 
     config.evaluation = dict(
-        split="heldout",  # or "train": the problems that are trained on, for learning without labels
         num_prompts=256,
         num_samples=4,
         every=0,  # steps; 0: ends only

@@ -3,7 +3,8 @@
     python -m experiments.run --config=ttrl.py         # a small model trained here, minutes on two CPU cores
     python -m experiments.run --config=ttrl.py:smoke   # seconds
 
-Trained and evaluated on the same questions. Their answers are used for metrics and for the audit at the end alone.
+Trained and evaluated on the same held-out questions, which the warm-up never saw. Their answers are used for metrics and
+for the audit at the end alone.
 """
 
 from configs import base
@@ -27,7 +28,6 @@ def get_config(arg: str = "") -> Config:
     )
     config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.2, dual_clip_ratio=3.0)
     config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)  # to the initial model
-    config.data.num_examples = 16 if smoke else 200  # the questions; AMC has 83, MATH-500 has 500
-    config.evaluation.update(split="train", num_prompts=16 if smoke else 200)
-    config.evaluation.num_samples = 2 if smoke else 16  # mean@16
+    config.data.update(train_split="heldout", num_examples=16 if smoke else 200)  # AMC has 83 questions, MATH-500 500
+    config.evaluation.update(num_prompts=16 if smoke else 200, num_samples=2 if smoke else 16)  # mean@16
     return config

@@ -15,6 +15,7 @@ from configs.common import Config
 from rl_reason import aggregation, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
+from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import token_reward
@@ -42,7 +43,7 @@ class Experiment:
     mesh: Mesh
     tokenizer: Tokenizer
     train: Source
-    heldout: Source  # what is evaluated: ``config.evaluation.split``
+    heldout: Source
     parts: Parts
     supervised: Parts  # the same model with the warm-up's optimizer
 
@@ -71,8 +72,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     _check_run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
-    train = make_source_of(config, tokenizer, "train")
-    heldout = make_source_of(config, tokenizer, config.evaluation.split)
+    train = make_source_of(config, tokenizer, config.data.train_split, config.data.num_examples)
+    heldout = make_source_of(config, tokenizer, "heldout")
     for name in train.verifiers:
         check_verifier(name)
     if config.verify == "graph":
@@ -133,8 +134,8 @@ def _check_run(config: Config) -> None:
         raise ValueError(f"config.verify={config.verify!r}; there are {', '.join(VERIFY)}.")
     if config.answer_rule not in RULES:
         raise ValueError(f"config.answer_rule={config.answer_rule!r}; there are {', '.join(RULES)}.")
-    if config.evaluation.split not in ("heldout", "train"):
-        raise ValueError(f"config.evaluation.split={config.evaluation.split!r}; there are heldout, train.")
+    if config.data.train_split not in SPLITS:
+        raise ValueError(f"config.data.train_split={config.data.train_split!r}; there are {', '.join(SPLITS)}.")
     if config.objective_scope not in ("minibatch", "microbatch"):
         raise ValueError(f"config.objective_scope={config.objective_scope!r}; there are minibatch, microbatch.")
     per_call = config.steps_per_call
@@ -196,16 +197,19 @@ def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:
         raise ValueError(f"config.regularisers.kl.estimator={kl['estimator']!r}; there are k1, k2, k3.")
 
 
-def make_source_of(config: Config, tokenizer: Tokenizer, split: str) -> Source:
-    """The config's training or held-out data."""
-    data = config.data.to_dict()
-    for key in ("max_demonstration_len_tokens", "max_reference_len_tokens", "references"):
+def make_source_of(config: Config, tokenizer: Tokenizer, split: str, num_examples: int = 0) -> Source:
+    """The config's data of a split; of tasks the first ``num_examples``, or with 0 an endless supply."""
+    data = config.data.to_dict() | dict(num_examples=num_examples)
+    for key in ("max_demonstration_len_tokens", "max_reference_len_tokens", "references", "train_split"):
         data.pop(key)
     return make_source(seed=config.seed, split=split, encode=tokenizer.encode, **data)
 
 
 def warmup_source(config: Config, tokenizer: Tokenizer) -> Source:
-    """Where the warm-up's worked solutions come from: the data's own, or other tasks that ``config.warmup`` names."""
+    """Where the warm-up's worked solutions come from: the data's own tasks or files, or tasks that ``config.warmup`` names.
+
+    Never held-out problems, and never just the few that RL may be bounded to.
+    """
     w = config.warmup
     if not w.tasks:
         if w.levels:

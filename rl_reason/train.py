@@ -66,7 +66,7 @@ def train(session: Session) -> Summary | None:
     with jax.set_mesh(experiment.mesh):
         evaluator = None
         if e.num_prompts:
-            sizes = {k: v for k, v in e.items() if k not in ("every", "split")}
+            sizes = {k: v for k, v in e.items() if k != "every"}
             evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
         if saved is None:
             params = _warm_up(session)

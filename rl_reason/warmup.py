@@ -99,7 +99,8 @@ def train(
     warm = build.warmup_source(experiment.config, experiment.tokenizer)
     params = _imitate(experiment, params, warm, w.num_steps, on_step)
     later = lambda step, metrics: on_step(w.num_steps + step, metrics)
-    return _imitate(experiment, params, experiment.train, w.imitation_steps, later)
+    own = build.make_source_of(experiment.config, experiment.tokenizer, "train")
+    return _imitate(experiment, params, own, w.imitation_steps, later)
 
 
 def _imitate(

@@ -51,14 +51,8 @@ def make_source(
             raise ValueError(
                 f"data.{misplaced[0]} goes with data.files; tasks split by content and verify themselves."
             )
-        endless = num_examples == 0 or split == "heldout"
         return TaskSource(
-            tasks,
-            seed=seed,
-            split=split,
-            levels=levels or None,
-            weights=weights,
-            num_examples=None if endless else num_examples,
+            tasks, seed=seed, split=split, levels=levels or None, weights=weights, num_examples=num_examples or None
         )
     if levels or weights or num_examples:
         raise ValueError(
