@@ -49,10 +49,10 @@ def get_config(arg: str = "") -> Config:
 
 
 def _data(config: Config, smoke: bool) -> None:
-    """Sums of four digits after a warm-up on sums and differences of at most two; all guesses."""
-    config.data.update(tasks=("add",), levels=((4,),), max_prompt_len_tokens=16, max_demonstration_len_tokens=56)
+    """Sums of three digits after a warm-up on sums and differences of at most two; all guesses."""
+    config.data.update(tasks=("add",), levels=((3,),), max_prompt_len_tokens=16, max_demonstration_len_tokens=40)
     config.warmup.update(tasks=("add", "sub"), levels=((1, 2), (1, 2)), direct_share=0.0)
-    config.rollout.completion_len = 56
-    config.supervised.row_len_tokens = 96 if smoke else 144
+    config.rollout.completion_len = 40
+    config.supervised.row_len_tokens = 96 if smoke else 160
     if not smoke:
         config.warmup.num_steps = 75  # a demonstrated token then has a median probability of 0.16, and no sum is right

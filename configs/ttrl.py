@@ -32,9 +32,8 @@ def get_config(arg: str = "") -> Config:
     config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)  # to the initial model
     # Problems of varied length that a short warm-up leaves half solved, its errors scattered: votes start out right on
     # about half of them. With a majority that is wrong in one way there is nothing to gain. All guesses.
-    config.data.update(
-        tasks=("add", "sub", "dfa"), levels=((2, 3), (2, 3), (1, 2, 3)), max_demonstration_len_tokens=40
-    )
+    config.data.update(tasks=("add", "sub", "dfa"), levels=((2, 3), (2, 3), (1, 2, 3)))
+    config.data.update(max_prompt_len_tokens=24, max_demonstration_len_tokens=40)
     config.rollout.completion_len = 40
     config.warmup.direct_share = 0.0
     if not smoke:

@@ -17,6 +17,7 @@ from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source, make_source
+from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import token_reward
 from rl_reason.loop.parts import Parts
@@ -82,6 +83,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         else:
             raise ValueError("config.verify='graph' needs tasks; use 'callback', 'split' or 'overlapped' with files.")
     _check_examples(config, train)
+    _check_lengths(config, tokenizer, train, heldout)
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
@@ -167,6 +169,24 @@ def _check_examples(config: Config, source: Source) -> None:
             f"config.batch.demonstrations={config.batch.demonstrations}, and the data has no worked solutions; set "
             "config.data.demonstration_key to their column."
         )
+
+
+LOOKED_AT = 64  # examples of each source: those that are too long are mostly found now, not after a warm-up
+
+
+def _check_lengths(config: Config, tokenizer: Tokenizer, train: Source, heldout: Source) -> None:
+    """The first examples have to fit. Raises ExampleError, which names the example and the key."""
+    data = config.data
+    sources = (train, heldout) if data.files else (train, heldout, warmup_source(config, tokenizer))
+    shown = config.batch.demonstrations or (config.warmup.num_steps and not data.files)
+    for source in sources:
+        for uid in range(LOOKED_AT):
+            example = source.example(uid)
+            prompt_tokens(tokenizer, example, data.max_prompt_len_tokens)
+            if shown and example.demonstration is not None:
+                demonstration_tokens(tokenizer, example, data.max_demonstration_len_tokens)
+            if example.reference is not None and (config.verify == "graph" or data.references):
+                reference_tokens(tokenizer, example, data.max_reference_len_tokens)
 
 
 def _slots(config: Config) -> dict[str, slots.Slot | None]:
