@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     from rl_reason.compilation import CompileClock
     from rl_reason.data.stream import ExampleError
     from rl_reason.interrupts import Interrupts
+    from rl_reason.pair_data import PairError
     from rl_reason.report.console import Display
     from rl_reason.report.rundir import RunError, open_run
     from rl_reason.verifier_pool import VerifierPool
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         except train.StoppedError as stopped:
             display.warn(str(stopped))
             sys.exit(int(stopped.failed))
-        except (RunError, CheckpointError, ExampleError) as error:
+        except (RunError, CheckpointError, ExampleError, PairError) as error:
             raise SystemExit(f"error: {error}") from error
 
 

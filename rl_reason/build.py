@@ -17,7 +17,8 @@ from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import token_reward
+from rl_reason.loop import pair_parts, token_reward
+from rl_reason.loop.pair_parts import PairParts
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models import transformer
@@ -30,7 +31,7 @@ from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
-LOOPS = ("rl", "supervised")
+LOOPS = ("rl", "supervised", "preference")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
@@ -45,6 +46,10 @@ class Experiment:
     heldout: Source  # what is evaluated: ``config.evaluation.split``
     parts: Parts
     supervised: Parts  # the same model with the warm-up's optimizer
+    pairs: PairParts | None = None  # of the preference loop
+    others: Mapping[str, "Experiment"] = dataclasses.field(
+        default_factory=dict
+    )  # models that answer beside the policy
 
     @property
     def sampling(self) -> Sampling:
@@ -71,6 +76,10 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     _check_run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
+    pairs, others = None, {}
+    if config.loop == "preference":
+        pairs = pair_parts.from_config(config, tokenizer, sharding.num_row_shards(mesh))
+        others = {name: build(other, devices) for name, other in pair_parts.other_configs(config).items()}
     train = make_source_of(config, tokenizer, "train")
     heldout = make_source_of(config, tokenizer, config.evaluation.split)
     for name in train.verifiers:
@@ -95,7 +104,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     reduced = config.aggregation.to_dict()
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
-    schedule = rl_schedule(o, config.num_steps * plan.updates_per_step)
+    schedule = rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
     parts = Parts(
         model=model,
         rollout=rollout,
@@ -122,7 +131,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     supervised = dataclasses.replace(
         parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
     )
-    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised)
+    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others)
 
 
 def _check_run(config: Config) -> None:
