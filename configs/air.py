@@ -41,8 +41,13 @@ def get_config(arg: str = "") -> Config:
     # Which models answer is not published; these are guesses, as are the numbers of prompts and pairs (theirs: 14k pairs).
     p.models = (
         dict(name="sibling", seed_offset=1, model=dict(), warmup=dict()),
-        dict(name="early", seed_offset=2, model=dict(), warmup=dict(num_steps=2 if smoke else 200)),
-        dict(name="small", seed_offset=3, model=dict(num_layers=1 if smoke else 2), warmup=dict()),
+        dict(name="early", seed_offset=2, model=dict(), warmup=dict(num_steps=2 if smoke else 100)),
+        dict(
+            name="small",
+            seed_offset=3,
+            model=dict(num_layers=1 if smoke else 2),
+            warmup=dict(num_steps=4 if smoke else 200),
+        ),
     )
     p.update(num_prompts=32 if smoke else 4096, num_pairs=8 if smoke else 256)
     config.optimizer.update(learning_rate=1e-4, lr_warmup_updates=8, lr_decay="linear")  # not published; guess

@@ -13,9 +13,8 @@ import zipfile
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from rl_reason import build, processes, sharding, warmup
 from rl_reason.data.example import Source, digest, mix, permuted

@@ -62,17 +62,18 @@ def did_you_mean(name: str, known) -> str:
 
 def _find(slot: str, path: str) -> Callable:
     module, _, name = path.partition(".")
+    key = PREFERENCE.get(slot, slot)
     modules = [m.name for m in pkgutil.iter_modules(rl_reason.methods.__path__)]
     if module not in modules:
         raise ValueError(
-            f"config.{PREFERENCE.get(slot, slot)}.fn={path!r}: no module rl_reason/methods/{module}.py.{did_you_mean(module, modules)} "
+            f"config.{key}.fn={path!r}: no module rl_reason/methods/{module}.py.{did_you_mean(module, modules)} "
             f"There are: {', '.join(modules)}."
         )
     found = importlib.import_module(f"rl_reason.methods.{module}")
     functions = [n for n, f in vars(found).items() if inspect.isfunction(f) and f.__module__ == found.__name__]
     if name not in functions:
         raise ValueError(
-            f"config.{PREFERENCE.get(slot, slot)}.fn={path!r}: {module} has no function {name!r}.{did_you_mean(name, functions)} "
+            f"config.{key}.fn={path!r}: {module} has no function {name!r}.{did_you_mean(name, functions)} "
             f"It has: {', '.join(functions)}."
         )
     return getattr(found, name)
