@@ -13,13 +13,13 @@ from configs.common import Config, call
 
 # Rules of each arm: whether instructions are filtered, then margins, lowest chosen score, mix. The scale is 1..10.
 ARMS = {
-    "": (True, 2, 3, 8, True),
-    "random_pairs": (False, 1, 9, 1, False),
-    "extreme_margins": (False, 6, 9, 1, False),  # not published; guess
-    "instructions": (True, 1, 9, 1, False),
-    "margins": (False, 2, 3, 1, False),
-    "chosen_score": (False, 1, 9, 8, False),
-    "mix": (False, 1, 9, 1, True),
+    "": (True, 2.0, 3.0, 8.0, True),
+    "random_pairs": (False, 1.0, 9.0, 1.0, False),
+    "extreme_margins": (False, 6.0, 9.0, 1.0, False),  # not published; guess
+    "instructions": (True, 1.0, 9.0, 1.0, False),
+    "margins": (False, 2.0, 3.0, 1.0, False),
+    "chosen_score": (False, 1.0, 9.0, 8.0, False),
+    "mix": (False, 1.0, 9.0, 1.0, True),
 }
 ARGS = (*base.ARGS, *(arm for arm in ARMS if arm))
 
@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> Config:
     p = config.preference
     p.objective = call("dpo.objective", loss_type="sigmoid", beta=0.1, label_smoothing=0.0)  # TRL's
     # Models of four steps write nothing that is worth an 8: the smoke test takes any pair.
-    filtered, low, high, chosen, mixed = (True, 1, 9, 1, True) if smoke else ARMS[arg]
+    filtered, low, high, chosen, mixed = (True, 1.0, 9.0, 1.0, True) if smoke else ARMS[arg]
     if filtered:
         # The variance is the paper's; ddof is not published, guess.
         p.instructions = call("air.instruction_keep", max_variance=100.0 if smoke else 1.5, ddof=0)
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> Config:
     p.pairs = call("air.pick", min_margin=low, max_margin=high, min_chosen_score=chosen, mix_policies=mixed)
     # Which models answer is not published; these are guesses, as are the numbers of prompts and pairs (theirs: 14k pairs).
     p.models = (
-        dict(name="sibling", seed_offset=1, model=dict(), warmup=dict()),
+        dict(name="sibling", seed_offset=1, model=dict(), warmup=dict(num_steps=4 if smoke else 200)),
         dict(name="early", seed_offset=2, model=dict(), warmup=dict(num_steps=2 if smoke else 100)),
         dict(
             name="small",

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     interrupts = Interrupts(display.warn)
-    display.info(f"{run.path}: {experiment.parts.plan.describe()}")
+    display.info(f"{run.path}: {experiment.describe()}")
     workers = config.verifier.num_workers
     with VerifierPool(workers, config.verifier.deadline_s) as pool:
         session = train.Session(experiment, run, display, pool, clock, interrupts)

@@ -62,6 +62,15 @@ class Experiment:
         """How answers are read where votes are taken; None where nobody asks for them."""
         return self.config.answer_rule if self.parts.wants("answers") else None
 
+    def describe(self) -> str:
+        """What a step learns from, on one line."""
+        s, p = self.config.supervised, self.config.preference
+        return {
+            "rl": self.parts.plan.describe(),
+            "supervised": f"{s.rows_per_step} rows of {s.row_len_tokens} tokens a step",
+            "preference": f"{p.pairs_per_step} pairs a step in {p.microbatches} microbatches",
+        }[self.config.loop]
+
     @property
     def total_chunks(self) -> int:
         return self.config.num_steps // self.config.steps_per_call

@@ -31,7 +31,7 @@ RESPONSES, JUDGE, SELECT = 0x1A, 0x2A, 0x3A  # what the root key is folded with,
 SPLITS = ("train", "heldout")
 MADE_BY = ("rollout.py", "sampling.py", "pair_data.py")  # beside what makes warm-ups
 # Any two held-out responses that the oracle does not rank equal: the same measure for every rule that selects.
-HELD_OUT: dict[str, typing.Any] = dict(min_margin=1, max_margin=9, min_chosen_score=1, mix_policies=False)
+HELD_OUT: dict[str, typing.Any] = dict(min_margin=1.0, max_margin=9.0, min_chosen_score=1.0, mix_policies=False)
 
 # Compiled once for models of one shape.
 _generate = jax.jit(generate, static_argnums=(4, 5))
@@ -261,10 +261,8 @@ def _from_responses(experiment: build.Experiment, parts: PairParts, judging: _Ju
     )
     heldout = None
     if p.num_heldout_prompts:
-        held = [
-            [dataclasses.replace(r, score=r.quality) for r in row]
-            for row in _responses(experiment, judging("heldout"))
-        ]
+        judged = judging("heldout")
+        held = _responses(experiment, judged._replace(score=judged.quality))
         prompts = _prompts(experiment, _source(experiment, "heldout"), len(held))
         pick = lambda *offered: air.pick(*offered, **HELD_OUT)
         heldout = make_pairs(prompts, held, key, keep_instructions=None, pick_pairs=pick, num_pairs=None).pairs

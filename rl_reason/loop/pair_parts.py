@@ -137,8 +137,6 @@ def _check_numbers(config: Config, row_shards: int) -> None:
 
 def _load(config: Config, tokenizer: Tokenizer, key: str) -> LoadedPairs:
     p, paths = config.preference, config.preference[key]
-    if isinstance(paths, str):
-        raise ValueError(f"config.preference.{key} is the text {paths!r}; make it a list of paths.")
     reading = PairReading(
         max_prompt_len_tokens=config.data.max_prompt_len_tokens,
         max_completion_len_tokens=config.rollout.completion_len,
@@ -172,8 +170,8 @@ def _pairs(config: Config) -> Slot:
     p = config.preference
     if p.pairs is None:
         raise ValueError(
-            "config.preference.pairs is None; set it to a rule such as call('air.pick', min_margin=2, max_margin=3, "
-            "min_chosen_score=8, mix_policies=True), or config.preference.files to pairs of your own."
+            "config.preference.pairs is None; set it to a rule such as call('air.pick', min_margin=2.0, max_margin=3.0, "
+            "min_chosen_score=8.0, mix_policies=True), or config.preference.files to pairs of your own."
         )
     slot = slots.resolve("pairs", p.pairs.to_dict())
     table = dict(scores=_shape(1, 2), on_policy=_shape(1, 2, dtype=bool), response_id=_shape(1, 2, dtype=jnp.int32))
