@@ -10,6 +10,7 @@ import pathlib
 import time
 import typing
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -180,9 +181,9 @@ class _Judging:
 def _read(place: pathlib.Path) -> Judged | None:
     """A cache entry; None where there is none, or a damaged one, which is made again."""
     try:
-        with np.load(place) as file:
+        with np.load(io.BytesIO(place.read_bytes())) as file:
             return Judged(**{name: file[name] for name in Judged._fields})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
