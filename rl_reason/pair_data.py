@@ -272,7 +272,7 @@ def _from_responses(experiment: build.Experiment, parts: PairParts, judging: _Ju
     return _run_pairs(experiment, chosen.pairs, heldout, statistics, _records(experiment, source, responses, chosen))
 
 
-def _prompts(experiment: build.Experiment, source: Source, count: int) -> list[Int[np.ndarray, " p"]]:
+def _prompts(experiment: build.Experiment, source: Source, count: int) -> list[Int[np.ndarray, " _"]]:
     width = experiment.config.data.max_prompt_len_tokens
     return [
         np.array(prompt_tokens(experiment.tokenizer, source.example(uid), width), np.int32) for uid in range(count)
