@@ -16,7 +16,8 @@ def get_config(arg: str = "") -> Config:
     """The embedded default, or with ``arg`` "smoke" something that runs in seconds."""
     check_arg(arg, ARGS)
     config: Config = ml_collections.ConfigDict()
-    config.loop = "rl"  # or "supervised": maximum likelihood on the data's worked solutions
+    # "rl", "supervised": maximum likelihood on the data's worked solutions, or "preference": learning from pairs
+    config.loop = "rl"
     config.seed = 0
     config.num_steps = 80
     config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
@@ -81,6 +82,28 @@ def get_config(arg: str = "") -> Config:
     )
 
     config.supervised = dict(rows_per_step=32, row_len_tokens=168, direct_share=0.0)  # of the loop of that name
+
+    config.preference = dict(  # of the loop of that name
+        objective=config_dict.placeholder(ml_collections.ConfigDict),  # the loss of a pair
+        files=(),  # pairs of your own, .jsonl or .parquet; () makes pairs of responses to data.tasks
+        heldout_files=(),  # pairs that are never trained on, with files
+        on_bad_row="refuse",  # or "skip"; of files
+        on_long_pair="refuse",  # or "drop"
+        num_prompts=1024,  # training prompts that are answered; each gives at most one pair
+        num_samples=4,  # responses of the policy to each
+        num_other_samples=2,  # of each other model
+        models=(),  # the others: dict(name, seed_offset, model, warmup); what differs from the policy's own config
+        prompts_per_call=256,  # answered at a time, which bounds memory
+        judge=dict(noise_std=1.0, failure_rate=0.0),  # a stand-in for a judge: the oracle's 1..10, and noise
+        instructions=config_dict.placeholder(ml_collections.ConfigDict),  # which prompts to keep; None: all
+        pairs=config_dict.placeholder(ml_collections.ConfigDict),  # which two responses to a prompt make a pair
+        num_pairs=0,  # so many of the pairs that there are, at random; 0: all
+        num_heldout_prompts=256,  # each gives a pair in the oracle's order, never trained on
+        heldout_every=20,  # steps between accuracies on held-out pairs; 0: never
+        pairs_per_step=32,
+        microbatches=1,
+        precompute_reference=False,  # True: the initial policy's log-probabilities once, and no copy of it kept
+    )
 
     config.rollout = dict(
         completion_len=24,  # tokens, EOS included
@@ -174,5 +197,8 @@ def smoke(config: Config) -> None:
     config.rollout.update(completion_len=24, num_slots=16)
     config.batch.update(prompts_per_step=8, group_size=4, train_group_size=4, generated_prompts=8)
     config.supervised.update(rows_per_step=4, row_len_tokens=96)
+    config.preference.update(
+        num_prompts=32, num_heldout_prompts=16, prompts_per_call=16, heldout_every=2, pairs_per_step=4
+    )
     config.evaluation.update(num_prompts=16, num_samples=2, num_slots=16)
     config.checkpoint.update(every=2)

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     from rl_reason.compilation import CompileClock
     from rl_reason.data.stream import ExampleError
     from rl_reason.interrupts import Interrupts
+    from rl_reason.pair_data import PairError
     from rl_reason.report.console import Display
     from rl_reason.report.rundir import RunError, open_run
     from rl_reason.verifier_pool import VerifierPool
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     interrupts = Interrupts(display.warn)
-    display.info(f"{run.path}: {experiment.parts.plan.describe()}")
+    display.info(f"{run.path}: {experiment.describe()}")
     workers = config.verifier.num_workers
     with VerifierPool(workers, config.verifier.deadline_s) as pool:
         session = train.Session(experiment, run, display, pool, clock, interrupts)
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         except train.StoppedError as stopped:
             display.warn(str(stopped))
             sys.exit(int(stopped.failed))
-        except (RunError, CheckpointError, ExampleError) as error:
+        except (RunError, CheckpointError, ExampleError, PairError) as error:
             raise SystemExit(f"error: {error}") from error
 
 

@@ -19,7 +19,8 @@ from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import token_reward
+from rl_reason.loop import pair_parts, token_reward
+from rl_reason.loop.pair_parts import PairParts
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models import transformer
@@ -32,7 +33,7 @@ from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
-LOOPS = ("rl", "supervised")
+LOOPS = ("rl", "supervised", "preference")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
@@ -47,6 +48,10 @@ class Experiment:
     heldout: Source
     parts: Parts
     supervised: Parts  # the same model with the warm-up's optimizer
+    pairs: PairParts | None = None  # of the preference loop
+    others: Mapping[str, "Experiment"] = dataclasses.field(
+        default_factory=dict
+    )  # models that answer beside the policy
 
     @property
     def sampling(self) -> Sampling:
@@ -58,6 +63,15 @@ class Experiment:
     def answer_rule(self) -> str | None:
         """How answers are read where votes are taken; None where nobody asks for them."""
         return self.config.answer_rule if self.parts.wants("answers") else None
+
+    def describe(self) -> str:
+        """What a step learns from, on one line."""
+        s, p = self.config.supervised, self.config.preference
+        return {
+            "rl": self.parts.plan.describe(),
+            "supervised": f"{s.rows_per_step} rows of {s.row_len_tokens} tokens a step",
+            "preference": f"{p.pairs_per_step} pairs a step in {p.microbatches} microbatches",
+        }[self.config.loop]
 
     @property
     def total_chunks(self) -> int:
@@ -73,6 +87,10 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     _check_run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
+    pairs, others = None, {}
+    if config.loop == "preference":
+        pairs = pair_parts.from_config(config, tokenizer, sharding.num_row_shards(mesh))
+        others = {name: build(other, devices) for name, other in pair_parts.other_configs(config).items()}
     train = make_source_of(config, tokenizer, config.data.train_split, config.data.num_examples)
     heldout = make_source_of(config, tokenizer, "heldout")
     for name in train.verifiers:
@@ -99,7 +117,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     reduced = config.aggregation.to_dict()
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
-    schedule = rl_schedule(o, config.num_steps * plan.updates_per_step)
+    schedule = rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
     parts = Parts(
         model=model,
         rollout=rollout,
@@ -126,7 +144,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     supervised = dataclasses.replace(
         parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
     )
-    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised)
+    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others)
 
 
 def _check_run(config: Config) -> None:

@@ -21,6 +21,8 @@ token_rewards"""
 _OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask reference_mask
 token_scores rewards correct success_rate off_policy key"""
 _REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs"
+_PAIR_OBJECTIVE = """chosen_logprobs rejected_logprobs ref_chosen_logprobs ref_rejected_logprobs chosen_len
+rejected_len"""
 _NAMES = {
     "baseline": "prompts rollout ref_params tokenizer score_logprobs",
     "reward": _REWARD,
@@ -28,9 +30,18 @@ _NAMES = {
     "advantages": _ADVANTAGES,
     "correction": "old_logprobs rollout_logprobs off_policy completion_mask",
     "objective": _OBJECTIVE,
+    "pair_objective": _PAIR_OBJECTIVE,
+    "instructions": "scores",
+    "pairs": "scores on_policy response_id keep key",
 }
 OFFERED: dict[str, frozenset[str]] = {slot: frozenset(names.split()) for slot, names in _NAMES.items()}
 OPTIONAL = frozenset({"baseline", "selection", "correction"})  # slots that a config may leave None
+# Slots of the preference loop alone, and the key of each.
+PREFERENCE = {
+    "pair_objective": "preference.objective",
+    "instructions": "preference.instructions",
+    "pairs": "preference.pairs",
+}
 
 
 class Slot(typing.NamedTuple):
@@ -52,17 +63,18 @@ def did_you_mean(name: str, known) -> str:
 
 def _find(slot: str, path: str) -> Callable:
     module, _, name = path.partition(".")
+    key = PREFERENCE.get(slot, slot)
     modules = [m.name for m in pkgutil.iter_modules(rl_reason.methods.__path__)]
     if module not in modules:
         raise ValueError(
-            f"config.{slot}.fn={path!r}: no module rl_reason/methods/{module}.py.{did_you_mean(module, modules)} "
+            f"config.{key}.fn={path!r}: no module rl_reason/methods/{module}.py.{did_you_mean(module, modules)} "
             f"There are: {', '.join(modules)}."
         )
     found = importlib.import_module(f"rl_reason.methods.{module}")
     functions = [n for n, f in vars(found).items() if inspect.isfunction(f) and f.__module__ == found.__name__]
     if name not in functions:
         raise ValueError(
-            f"config.{slot}.fn={path!r}: {module} has no function {name!r}.{did_you_mean(name, functions)} "
+            f"config.{key}.fn={path!r}: {module} has no function {name!r}.{did_you_mean(name, functions)} "
             f"It has: {', '.join(functions)}."
         )
     return getattr(found, name)
@@ -83,7 +95,7 @@ def resolve(slot: str, cfg: Mapping[str, typing.Any]) -> Slot:
     if missing or unknown:
         hints = "".join(did_you_mean(name, hypers) for name in unknown)
         raise ValueError(
-            f"config.{slot} = call({cfg['fn']!r}, ...): missing {missing}, unknown {unknown}.{hints} "
+            f"config.{PREFERENCE.get(slot, slot)} = call({cfg['fn']!r}, ...): missing {missing}, unknown {unknown}.{hints} "
             f"Hyperparameters have no defaults in code; {cfg['fn']} takes exactly {sorted(hypers)}."
         )
     if foreign := sorted(wants - OFFERED[slot]):
@@ -97,13 +109,13 @@ def resolve(slot: str, cfg: Mapping[str, typing.Any]) -> Slot:
 
 
 def resolve_all(config: Mapping[str, typing.Any]) -> dict[str, Slot | None]:
-    """Every slot of a config; optional ones may be None.
+    """Every slot of an RL config; optional ones may be None.
 
     Raises:
         ValueError: from ``resolve``, or a required slot that is None.
     """
     slots: dict[str, Slot | None] = {}
-    for slot in OFFERED:
+    for slot in (name for name in OFFERED if name not in PREFERENCE):
         cfg = config[slot]
         if cfg is None and slot not in OPTIONAL:
             raise ValueError(f"config.{slot} is None; only {sorted(OPTIONAL)} may be left out.")

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, evaluate, processes, warmup
+from rl_reason import build, evaluate, pair_data, processes, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
+from rl_reason.drivers.preference import Preference
 from rl_reason.drivers.reinforcement import Reinforcement
 from rl_reason.drivers.supervised import Supervised
 from rl_reason.interrupts import Interrupts
@@ -69,13 +70,13 @@ def train(session: Session) -> Summary | None:
             sizes = {k: v for k, v in e.items() if k != "every"}
             evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
         if saved is None:
-            params = _warm_up(session)
+            params = _warm_up(session, experiment)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
             params = build.init_params(experiment)  # only a template: the checkpoint fills it
             before = _read_before(session)
-        driver = make_driver(session)
+        driver = make_driver(session, params if saved is None else None)
         state = driver.initial_state(params)
         del params
         state = Training(session, driver, checkpoints, evaluator).run(state, saved)
@@ -84,10 +85,13 @@ def train(session: Session) -> Summary | None:
     return _finish(session, before, after) if processes.is_first() else None
 
 
-def _warm_up(session: Session) -> PyTree:
-    total = warmup.total_steps(session.experiment)
-    session.display.info(f"caches in {warmup.cache_root()}")
-    with session.display.phase("warm-up", total) as phase, MetricsWriterOrNone(session, "warmup") as writer:
+def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> PyTree:
+    """The weights of the policy, or of another model, whose name its phase and its metrics then bear."""
+    total = warmup.total_steps(experiment)
+    if not name:
+        session.display.info(f"caches in {warmup.cache_root()}")
+    title, metrics_name = (f"warm-up of {name}", f"warmup_{name}") if name else ("warm-up", "warmup")
+    with session.display.phase(title, total) as phase, MetricsWriterOrNone(session, metrics_name) as writer:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             phase.update(step, {"loss": metrics["loss"]})
@@ -95,12 +99,13 @@ def _warm_up(session: Session) -> PyTree:
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
             _stop_if_asked(session, f"at warm-up step {step} of {total}")
 
-        warm = warmup.warm_up(session.experiment, on_step)
+        warm = warmup.warm_up(experiment, on_step)
         if warm.cached:
             phase.update(total)
     if warm.cached:
-        session.display.info(f"warm-up weights read from the cache in {warm.seconds:.1f} s")
-    session.warmup_seconds = warm.seconds
+        session.display.info(f"{title} weights read from the cache in {warm.seconds:.1f} s")
+    if not name:
+        session.warmup_seconds = warm.seconds
     return warm.params
 
 
@@ -244,11 +249,35 @@ class Training:
             raise StoppedError(f"stopped at step {step} of {config.num_steps}, saved; {again}.")
 
 
-def make_driver(session: Session) -> Driver:
-    """The driver of the loop that ``config.loop`` names."""
+def make_driver(session: Session, params: PyTree | None) -> Driver:
+    """The driver of the loop that ``config.loop`` names; ``params`` is the warmed-up policy, None on resume."""
     if session.experiment.config.loop == "supervised":
         return Supervised(session.experiment)
+    if session.experiment.config.loop == "preference":
+        return _preference(session, params)
     return Reinforcement(session.experiment, session.pool)
+
+
+def _preference(session: Session, params: PyTree | None) -> Preference:
+    """The driver around its pairs, which are noted in the run's directory."""
+
+    def warm(author: build.Experiment, name: str) -> PyTree:
+        if author is session.experiment and params is not None:
+            return params
+        return _warm_up(session, author, name)
+
+    made = pair_data.make(
+        session.experiment, session.display, warm, lambda where: _stop_if_asked(session, f"{where}, before pairs")
+    )
+    if processes.is_first():
+        pair_data.write(session.run.path, made)
+    with MetricsWriterOrNone(session, "pair_statistics") as writer:
+        if writer is not None:
+            writer.append([{"step": 0} | made.statistics])
+    shown = ("pairs/num", "pairs/available", "pairs/keep_rate", "pairs/flipped_fraction", "pairs/heldout")
+    told = [f"{name.removeprefix('pairs/')} {made.statistics[name]:.4g}" for name in shown if name in made.statistics]
+    session.display.info(f"pairs: {', '.join(told)}; they are in {session.run.path / 'pairs.jsonl'}")
+    return Preference(session.experiment, made.train, made.heldout)
 
 
 def _finish(session: Session, before: list[evaluate.Answered], after: list[evaluate.Answered]) -> Summary:

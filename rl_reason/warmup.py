@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -39,16 +39,19 @@ def cache_root() -> pathlib.Path:
 def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
-    digest = hashlib.sha256()
     parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
     parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
     parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
     warm = build.warmup_source(config, experiment.tokenizer)
-    parts |= dict(
-        source=experiment.train.fingerprint, warm=warm.fingerprint, jax=jax.__version__, backend=jax.default_backend()
-    )
-    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name in MADE_BY:
+    parts |= dict(source=experiment.train.fingerprint, warm=warm.fingerprint)
+    parts |= dict(jax=jax.__version__, backend=jax.default_backend())
+    return hashed(parts, MADE_BY)
+
+
+def hashed(parts: Mapping[str, typing.Any], made_by: Sequence[str]) -> str:
+    """A name for what these values and these files and folders of code make."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name in made_by:
         files = sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
         for file in files:
             digest.update(file.read_bytes())

@@ -126,7 +126,7 @@ class PairSet:
 
 
 def make_pairs(
-    prompts: Sequence[Int[np.ndarray, " p"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     responses: Responses,
     key: Key[Array, ""],
     *,

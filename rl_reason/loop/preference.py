@@ -206,6 +206,24 @@ def make_chunk(parts: Parts, setting: PreferenceSetting) -> Callable:
     return lambda state, batches: jax.lax.scan(step, state, batches)
 
 
+def make_counted_chunk(parts: Parts, setting: PreferenceSetting, num_pairs: int) -> Callable:
+    """``make_chunk`` with the metrics that every training loop gives, and the epoch of a data set of ``num_pairs``."""
+
+    def preference_chunk(state: TrainState, batches: Pairs):
+        state, metrics = make_chunk(parts, setting)(state, batches)
+        steps, pairs = batches.prompt_len.shape
+        as_float = lambda x: x.astype(metrics["actor/preference_loss"].dtype)
+        done = as_float(state.step - steps + 1 + jnp.arange(steps))
+        completions = batches.chosen_mask.sum((1, 2)) + batches.rejected_mask.sum((1, 2))
+        return state, metrics | {
+            "training/global_step": done,
+            "training/epoch": done * pairs / num_pairs,
+            "perf/total_num_tokens": as_float(2 * batches.prompt_len.sum(1) + completions),
+        }
+
+    return preference_chunk
+
+
 def evaluate(
     parts: Parts, setting: PreferenceSetting, params: PyTree, ref_params: PyTree | None, pairs: Pairs
 ) -> Metrics:
@@ -214,9 +232,29 @@ def evaluate(
     return loss_of_scores(parts, setting, setting.scores(parts.model, params, pairs), pairs)[1]
 
 
+SumsOfSides = tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]  # of chosen and rejected
+
+
+def make_scorer(parts: Parts, setting: PreferenceSetting) -> Callable[[PyTree, Iterable[Pairs], int], SumsOfSides]:
+    """``precompute_reference``'s own function, compiled once for all that it is given."""
+    run = jax.jit(functools.partial(with_reference, parts, setting))
+
+    def scorer(params: PyTree, batches: Iterable[Pairs], num_pairs: int) -> SumsOfSides:
+        found = [(np.zeros(0, np.float32), np.zeros(0, np.float32))]
+        for pairs in batches:
+            done = run(params, dataclasses.replace(pairs, ref_chosen_logprobs=None, ref_rejected_logprobs=None))
+            found.append(processes.to_host((done.ref_chosen_logprobs, done.ref_rejected_logprobs)))
+        chosen, rejected = (np.concatenate(x) for x in zip(*found, strict=True))
+        if len(chosen) < num_pairs:
+            raise ValueError(f"precompute_reference: {len(chosen)} pairs in the batches and num_pairs={num_pairs}.")
+        return chosen[:num_pairs], rejected[:num_pairs]
+
+    return scorer
+
+
 def precompute_reference(
     parts: Parts, setting: PreferenceSetting, ref_params: PyTree, batches: Iterable[Pairs], num_pairs: int
-) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+) -> SumsOfSides:
     """(chosen, rejected) log-probabilities of a data set's ``num_pairs`` pairs under the reference, nats; one pass.
 
     ``batches`` go over the data set once and in order, all of one shape; what the last is filled up with is cut off.
@@ -225,12 +263,4 @@ def precompute_reference(
     Raises:
         ValueError: when the batches hold fewer pairs.
     """
-    run = jax.jit(functools.partial(with_reference, parts, setting))
-    found = []
-    for pairs in batches:
-        done = run(ref_params, dataclasses.replace(pairs, ref_chosen_logprobs=None, ref_rejected_logprobs=None))
-        found.append(processes.to_host((done.ref_chosen_logprobs, done.ref_rejected_logprobs)))
-    chosen, rejected = (np.concatenate(x) for x in zip(*found, strict=True)) if found else (np.zeros(0), np.zeros(0))
-    if len(chosen) < num_pairs:
-        raise ValueError(f"precompute_reference: {len(chosen)} pairs in the batches and num_pairs={num_pairs}.")
-    return chosen[:num_pairs], rejected[:num_pairs]
+    return make_scorer(parts, setting)(ref_params, batches, num_pairs)

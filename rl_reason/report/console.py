@@ -25,6 +25,7 @@ from rl_reason.report.files import visible
 # metric, its label, its unit, how to write it. Names without a slash are shown as they are.
 SHOWN: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("critic/score/mean", "reward", "", "{:.3f}".format),
+    ("rewards/accuracies", "pairs right", "", "{:.3f}".format),
     ("actor/entropy", "entropy", "nats", "{:.3f}".format),
     ("response_length/mean", "length", "tokens", "{:.0f}".format),
     ("perf/throughput", "", "tok/s", lambda value: human(value)),

@@ -36,8 +36,22 @@ PANELS: tuple[Panel, ...] = (
     Panel("train_accuracy", "Training accuracy by task", "fraction correct", ("train/accuracy/*",), (0.0, 1.0)),
     Panel("heldout_over_time", "Held-out accuracy", "fraction correct", ("val-core/*",), (0.0, 1.0)),
     Panel("entropy", "Policy entropy", "nats per token", ("actor/entropy",), (0.0, None)),
+    Panel("preference_loss", "Preference loss", "nats per pair", ("actor/preference_loss",), (0.0, None)),
+    Panel("implicit_rewards", "Implicit rewards", "nats", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
     Panel(
-        "response_length", "Response length", "tokens", ("response_length/mean", "response_length/max"), (0.0, None)
+        "pair_accuracy",
+        "Pairs in the right order",
+        "fraction of pairs",
+        ("rewards/accuracies", "heldout_pairs/*"),
+        (0.0, 1.0),
+    ),
+    Panel("pair_logprobs", "Log-probability of completions", "nats", ("logps/chosen", "logps/rejected")),
+    Panel(
+        "response_length",
+        "Response length",
+        "tokens",
+        ("response_length/mean", "response_length/max", "response_length/chosen", "response_length/rejected"),
+        (0.0, None),
     ),
     Panel(
         "truncated", "Cut at the token limit", "fraction of responses", ("response_length/clip_ratio",), (0.0, None)
@@ -85,6 +99,10 @@ LABELS = {
     "critic/rewards/mean": "with shaping",
     "clip_cov/fraction": "Clip-Cov",
     "kl_cov/fraction": "KL-Cov",
+    "rewards/accuracies": "trained on",
+    "heldout_pairs/accuracy": "held out, reward",
+    "heldout_pairs/likelihood_accuracy": "held out, likelihood",
+    "heldout_pairs/likelihood_accuracy_before": "held out, likelihood before",
     "frac_reward_zero_std": "equal rewards in the group",
     "reward/error_fraction": "verifier failed",
 }

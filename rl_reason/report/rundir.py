@@ -71,7 +71,7 @@ class RunDir:
         paths = {name: getattr(self, name) for name in known}
         for entry in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             if entry not in paths.values() and not entry.name.startswith("."):
-                paths[entry.stem] = entry
+                paths[entry.name if entry.stem in paths else entry.stem] = entry
         return {name: path for name, path in paths.items() if path.exists()}
 
 

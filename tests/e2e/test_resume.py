@@ -193,3 +193,28 @@ def test_too_many_gradients_that_are_not_finite_stop_the_run(tmp_path, data):
     rate = "--config.optimizer.learning_rate=1e-5"  # which that advice may change
     done = harness.run(harness.FILES, data, f"--run={run}", *limits, rate, "--resume")
     assert done.code == 1 and "stopped at step 6" in done.output, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_preference_run(tmp_path, precompute):
+    """Half the steps, then --resume: with a reference in the state, or its log-probabilities in the checkpoint."""
+    flags = [
+        "--config=air.py:smoke",
+        f"--config.preference.precompute_reference={precompute}",
+        "--config.preference.judge.noise_std=3.0",
+        "--config.optimizer.lr_warmup_updates=0",  # a rate that does not hang on the number of steps
+        "--config.optimizer.lr_decay=constant",
+        "--config.evaluation.num_prompts=0",
+        "--config.log.report=False",
+    ]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    harness.succeed(*flags, f"--run={whole}")
+    assert_learning(whole)
+    harness.succeed(*flags, f"--run={run}", "--config.num_steps=2")
+    output = harness.succeed(*flags, f"--run={run}", "--resume")
+    assert "resumed at step 2 of 4" in output and "prompts read from the cache" in output
+    assert harness.metrics(run) == harness.metrics(whole)
+    assert (run / "pairs.jsonl").read_text() == (whole / "pairs.jsonl").read_text() != ""
+    assert harness.extra(run, 4)["stream"] == harness.extra(whole, 4)["stream"]
+    harness.assert_bitwise(harness.checkpoint(run, 4), harness.checkpoint(whole, 4))

@@ -9,7 +9,11 @@ from tests import support
 from tests.e2e import harness
 
 RL = ("critic/score/mean", "actor/entropy", "actor/grad_norm", "response_length/mean", "actor/pg_loss")
-MEASURED = {"rl": RL, "supervised": ("sft/loss", "sft/packing_efficiency", "actor/grad_norm")}
+MEASURED = {
+    "rl": RL,
+    "supervised": ("sft/loss", "sft/packing_efficiency", "actor/grad_norm"),
+    "preference": ("actor/preference_loss", "rewards/margins", "actor/entropy", "actor/grad_norm", "training/epoch"),
+}
 SAMPLES = ("rl",)
 
 

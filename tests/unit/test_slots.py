@@ -54,6 +54,18 @@ def test_refuses(slot, fn, hypers, says):
         resolve(slot, fn, **hypers)
 
 
+def test_slots_of_the_preference_loop_are_named_by_their_keys_and_asked_of_nobody_else():
+    slot = resolve("pair_objective", "dpo.objective", loss_type="sigmoid", beta=0.1, label_smoothing=0.0)
+    assert slot.wants == slots.OFFERED["pair_objective"]
+    assert resolve("instructions", "air.instruction_keep", max_variance=1.5, ddof=0).wants == {"scores"}
+    rules = dict(min_margin=2.0, max_margin=3.0, min_chosen_score=8.0, mix_policies=True)
+    assert resolve("pairs", "air.pick", **rules).wants == slots.OFFERED["pairs"]
+    with pytest.raises(
+        ValueError, match=r"config\.preference\.objective = call\('dpo\.objective', \.\.\.\): missing \['beta'"
+    ):
+        resolve("pair_objective", "dpo.objective", loss_type="sigmoid")
+
+
 def test_lists_the_methods_there_are():
     with pytest.raises(ValueError, match=r"There are: .*clip_cov, .*grpo, .*kl_cov"):
         resolve("objective", "zzz.objective")
