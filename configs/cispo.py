@@ -31,6 +31,6 @@ def _paper(config: Config) -> None:
     # The paper's 16 updates a rollout. 320 steps are a guess.
     paper.batch(config, prompts=512, group_size=16, minibatches=16, num_steps=320)
     paper.dynamic_sampling(config, generated_prompts=1536)
-    paper.optimizer(config, **paper.DAPO_ADAMW | dict(b2=0.95))  # b2 and eps of MiniMax-M1's own training
-    config.optimizer.eps = 1e-15
+    paper.optimizer(config, **paper.DAPO_ADAMW)
+    config.optimizer.update(b2=0.95, eps=1e-15)  # MiniMax-M1's own training
     paper.overlong(config, buffer_len=4096)

@@ -10,23 +10,26 @@ are rendered by ``data.chat`` (plain), not by the checkpoint's chat template; an
 microbatches, workers) changes no result, and all of it is a guess.
 """
 
+import typing
+
 from configs.common import Config, call
 from configs.models import MODELS
 
+Values = dict[str, typing.Any]
 VERIFIER = "rl_reason.tasks.math_answer:compute_score"
 # DAPO-Math-17k. Its prompts ask for a last line "Answer: ...", which the verifier does not read: let them ask for \boxed{}.
-DAPO_MATH = dict(files=("data/dapo-math-17k.parquet",))
-GSM8K_AND_MATH = dict(files=("data/gsm8k/train.parquet", "data/math/train.parquet"))
+DAPO_MATH: Values = dict(files=("data/dapo-math-17k.parquet",))
+GSM8K_AND_MATH: Values = dict(files=("data/gsm8k/train.parquet", "data/math/train.parquet"))
 # What is held out: of AIME 32 samples a question, which the papers report as avg@32, of larger sets one.
-AIME = dict(heldout_files=("data/aime-2024.parquet",), num_prompts=30, num_samples=32)
-MATH_500 = dict(heldout_files=("data/math500.parquet",), num_prompts=500, num_samples=1)
-GSM8K_AND_MATH_TEST = dict(
+AIME: Values = dict(heldout_files=("data/aime-2024.parquet",), num_prompts=30, num_samples=32)
+MATH_500: Values = dict(heldout_files=("data/math500.parquet",), num_prompts=500, num_samples=1)
+GSM8K_AND_MATH_TEST: Values = dict(
     heldout_files=("data/gsm8k/test.parquet", "data/math/test.parquet"), num_prompts=1024, num_samples=1
 )
 # What verl's scripts leave alone: torch's betas, a constant rate, decay 0.01 (its config of actor.optim).
-VERL_ADAMW = dict(warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
+VERL_ADAMW: Values = dict(warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
 # What its DAPO scripts set.
-DAPO_ADAMW = dict(learning_rate=1e-6, warmup_steps=10, decay="constant", weight_decay=0.1, b2=0.999)
+DAPO_ADAMW: Values = dict(learning_rate=1e-6, warmup_steps=10, decay="constant", weight_decay=0.1, b2=0.999)
 
 
 def model(config: Config, name: str) -> None:

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> Config:
 def _paper(config: Config) -> None:
     """verl's examples/rloo_trainer/run_qwen2-7b.sh, less its KL in the reward, for which there is no function here."""
     paper.model(config, "Qwen2-7B-Instruct")
-    files = dict(files=("data/gsm8k/train.parquet",), heldout_files=("data/gsm8k/test.parquet",))
+    files: paper.Values = dict(files=("data/gsm8k/train.parquet",), heldout_files=("data/gsm8k/test.parquet",))
     paper.data(config, **files, num_prompts=1024, num_samples=1, prompt_len=512, completion_len=1024)
     paper.batch(config, prompts=1024, group_size=5, minibatches=4, num_steps=105)  # 15 epochs of 7,473 prompts
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)

@@ -64,13 +64,13 @@ def _paper(config: Config) -> None:
     """The authors' script for Qwen2.5-7B (OpenBMB/RLPR at 8490fca)."""
     paper.model(config, "Qwen2.5-7B")
     # WebInstruct-verified less its mathematics, 77k prompts. Held out, their 638 of WebInstruct, twice each.
-    files = dict(files=("data/rlpr_train.parquet",), heldout_files=("data/webinstruct-heldout.parquet",))
+    files: paper.Values = dict(files=("data/rlpr_train.parquet",), heldout_files=("data/webinstruct-heldout.parquet",))
     paper.data(config, **files, num_prompts=638, num_samples=2, prompt_len=2048, completion_len=3072)
     config.data.max_reference_len_tokens = 128  # guess; answers of this data are short
     paper.batch(config, prompts=768, group_size=8, minibatches=4, num_steps=320)  # their best checkpoint, issue 16
     config.batch.max_rounds = 10  # guess; the authors sample until the batch is full
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
-    tags = dict(answer_open="<answer>", pad_with_space=True)
+    tags: paper.Values = dict(answer_open="<answer>", pad_with_space=True)
     config.reward.update(tags, think_open="<think>", think_close="</think>", answer_close="</answer>")
     config.baseline.pad_with_space = True
 

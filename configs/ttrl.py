@@ -40,7 +40,7 @@ def _paper(config: Config) -> None:
     """AIME 2024 with Qwen2.5-Math-7B, by the authors' scripts of August 2025."""
     paper.model(config, "Qwen2.5-Math-7B")
     # The 30 questions, each row with extra_info.split="train": none is held out.
-    files = dict(files=("data/AIME-TTT/train.parquet",), heldout_files=())
+    files: paper.Values = dict(files=("data/AIME-TTT/train.parquet",), heldout_files=())
     paper.data(config, **files, num_prompts=30, num_samples=16, prompt_len=512, completion_len=3072)  # mean@16
     # Batches of 8, the remainder dropped, 80 times over; minibatches of one question.
     paper.batch(config, prompts=8, group_size=64, minibatches=8, num_steps=240)

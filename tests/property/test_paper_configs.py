@@ -88,7 +88,7 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(name, "paper")
     with pytest.raises(
-        ValueError, match="config.tokenizer='checkpoints/.*': no file there; give the path of a sentence"
+        ValueError, match=r"config\.tokenizer='checkpoints/.*': no file there; give the path of a sentence"
     ):
         build.build(config, one_device())
     config.tokenizer = "embedded"
@@ -102,16 +102,7 @@ def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
     experiment = build.build(config, one_device())
     parts, data = experiment.parts, config.data
     assert parts.model.vocab_size == config.model.vocab_size
-    of = lambda *shape: jax.ShapeDtypeStruct((parts.plan.prompts_drawn, *shape), jnp.int32)
-    prompts = Prompts(
-        tokens=of(data.max_prompt_len_tokens),
-        prompt_len=of(),
-        example_id=of(),
-        uid=of(),
-        route=of(),
-        reference=of(data.max_reference_len_tokens),
-        demonstration=of(data.max_demonstration_len_tokens),
-    )
+    of = lambda *shape: jnp.zeros((parts.plan.prompts_drawn, *shape), jnp.int32)
 
     def verify(rollout, prompts):
         del prompts
@@ -119,8 +110,20 @@ def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
         answers = jnp.zeros(right.shape, jnp.int32) if parts.wants("answers") else None
         return Verdicts(right.astype(rollout.rollout_logprobs.dtype), ~right, answers)
 
+    def step(state):
+        prompts = Prompts(
+            tokens=of(data.max_prompt_len_tokens),
+            prompt_len=of(),
+            example_id=of(),
+            uid=of(),
+            route=of(),
+            reference=of(data.max_reference_len_tokens),
+            demonstration=of(data.max_demonstration_len_tokens),
+        )
+        return make_step(parts, verify)(state, prompts, experiment.sampling)
+
     state = abstract_state(parts)
-    after, (metrics, sampled) = jax.eval_shape(make_step(parts, verify), state, prompts, experiment.sampling)
+    after, (metrics, sampled) = jax.eval_shape(step, state)
     assert described(after) == described(state)
     assert all(x.shape == () for x in metrics.values())
     assert sampled.tokens.shape[-1] == data.max_prompt_len_tokens + config.rollout.completion_len
@@ -139,10 +142,14 @@ def test_a_supervised_step_traces(name, paper):
         row_len=s.row_len_tokens,
         direct_share=s.direct_share,
     )
-    of = lambda dtype: jax.ShapeDtypeStruct((config.steps_per_call, s.rows_per_step, s.row_len_tokens), dtype)
-    batches = supervised.Demonstrations(of(jnp.int32), of(bool), of(jnp.int32))
+    of = lambda dtype: jnp.zeros((config.steps_per_call, s.rows_per_step, s.row_len_tokens), dtype)
+
+    def chunk(state):
+        batches = supervised.Demonstrations(of(jnp.int32), of(bool), of(jnp.int32))
+        return supervised.make_packed_chunk(experiment.parts)(state, batches)
+
     state = abstract_state(experiment.parts)
-    after, _ = jax.eval_shape(supervised.make_packed_chunk(experiment.parts), state, batches)
+    after, _ = jax.eval_shape(chunk, state)
     assert described(after) == described(state)
 
 
@@ -151,7 +158,9 @@ def test_parameters_are_as_many_as_published(name):
     config = load_config("base")
     config.model.update(MODELS[name])
     total, active = transformer.num_params(build.model_config(config, Tokenizer.load()))
-    assert (total, active) == pytest.approx(PUBLISHED[name], rel=0.01)
+    published, published_active = PUBLISHED[name]
+    assert total == pytest.approx(published, rel=0.01)
+    assert active == pytest.approx(published_active, rel=0.02)  # to two digits
 
 
 def test_a_vocabulary_is_the_tokenizers_or_more():
