@@ -38,9 +38,8 @@ def get_config(arg: str = "") -> Config:
 def _paper(config: Config) -> None:
     """verl's recipe/dapo/run_dapo_qwen2.5_32b.sh, by the authors."""
     paper.model(config, "Qwen2.5-32B")
-    paper.data(
-        config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=20480
-    )  # the punishment's 4096 tokens are a fifth of it
+    # The punishment's 4096 tokens are a fifth of the limit.
+    paper.data(config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=20480)
     # Minibatches of 32 prompts. The script trains one epoch of a file that repeats its prompts; 320 steps are a guess.
     paper.batch(config, prompts=512, group_size=16, minibatches=16, num_steps=320)
     paper.dynamic_sampling(config, generated_prompts=1536)

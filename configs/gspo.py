@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> Config:
 
 def _paper(config: Config) -> None:
     """The paper's model, clip and minibatches; the rest is verl's examples/gspo_trainer/test_gspo_qwen30b_a3b_ep.sh."""
-    paper.model(config, "Qwen3-30B-A3B-Base")
+    paper.model(config, "Qwen3-30B-A3B-Base")  # the paper's is fine-tuned from it, and its problems are not named
     paper.data(config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=8192)
     paper.batch(config, prompts=256, group_size=16, minibatches=4, num_steps=300)  # the script has 8 minibatches
     paper.optimizer(config, **paper.DAPO_ADAMW)

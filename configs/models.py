@@ -6,9 +6,10 @@ Llama 3.1 rescales RoPE's low frequencies besides: of these the presets give the
 Weights cannot be read from any checkpoint yet, vision towers are left out, and a run of these shapes starts from random
 weights.
 
-Sources are each model's config.json on Hugging Face, in copies: slime's scripts/models for Qwen2.5, Qwen3 and their theta;
-logged configs for Qwen2 and Llama 3.1; Intern-S1's language models from xtuner's and lmdeploy's configs. Vocabularies are
-the padded ones of the checkpoints.
+Sources are each model's config.json on Hugging Face, read in copies: slime's scripts/models for Qwen2.5 and Qwen3, with the
+theta of Qwen2.5-Math among them; logged configs for Qwen2-7B-Instruct and Llama 3.1; xtuner's and lmdeploy's configs for
+Intern-S1's language models. Vocabularies are the padded ones of the checkpoints. A test compares parameter counts with
+those published.
 """
 
 import typing
@@ -26,7 +27,7 @@ def _dense(
     *,
     theta: float,
     eps: float = 1e-6,
-    tied=False,
+    tied: bool = False,
 ) -> Shapes:
     """``heads``: of queries, and of keys and values."""
     return dict(
@@ -51,15 +52,13 @@ def _mixture(*sizes: typing.Any, experts: int, per_token: int, theta: float) -> 
 
 
 _QWEN25_7B = _dense(28, 3584, (28, 4), 18944, 152064, theta=1e6)
-_QWEN25_MATH_7B = _QWEN25_7B | dict(rope_theta=1e4)  # 4096 positions
 
 MODELS: dict[str, Shapes] = {
     "Qwen2.5-7B": _QWEN25_7B,
     "Qwen2-7B-Instruct": _QWEN25_7B,  # the same shapes
     "OREAL-7B-SFT": _QWEN25_7B,  # fine-tuned from Qwen2.5-7B (arXiv:2502.06781)
-    "Qwen2.5-Math-7B": _QWEN25_MATH_7B,
-    "Qwen2.5-Math-7B-16k-think": _QWEN25_MATH_7B
-    | dict(rope_theta=4e4),  # LUFFY's (arXiv:2504.14945): 16,384 positions
+    "Qwen2.5-Math-7B": _QWEN25_7B | dict(rope_theta=1e4),  # 4096 positions
+    "Qwen2.5-Math-7B-16k-think": _QWEN25_7B | dict(rope_theta=4e4),  # LUFFY's (arXiv:2504.14945): 16,384 positions
     "Qwen2.5-Math-1.5B": _dense(28, 1536, (12, 2), 8960, 151936, theta=1e4, tied=True),
     "Qwen2.5-32B": _dense(64, 5120, (40, 8), 27648, 152064, theta=1e6, eps=1e-5),
     "Llama-3.1-8B": _dense(32, 4096, (32, 8), 14336, 128256, theta=5e5, eps=1e-5),

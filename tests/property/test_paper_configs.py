@@ -19,8 +19,11 @@ from rl_reason.types import Prompts, Verdicts
 from tests.property.test_laws import keys_of
 from tests.support import config_names, load_config, one_device
 
-PAPERS = [name for name in config_names() if "paper" in importlib.import_module(f"configs.{name}").ARGS]
-RL_PAPERS = [name for name in PAPERS if load_config(name).loop == "rl"]
+RL, SUPERVISED = (
+    [name for name in config_names(loop) if "paper" in importlib.import_module(f"configs.{name}").ARGS]
+    for loop in ("rl", "supervised")
+)
+PAPERS = RL + SUPERVISED
 # Parameters, and those a token uses, as the models' cards give them; DeepSeekMath's by hand, Intern-S1's by its text model.
 PUBLISHED = {
     "Qwen2.5-7B": (7.61e9, 7.61e9),
@@ -69,7 +72,7 @@ def abstract_state(parts):
 
 
 def test_every_rl_config_has_its_paper():
-    assert config_names("rl") == RL_PAPERS
+    assert config_names("rl") == RL
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -96,7 +99,7 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
         build.build(config, one_device())
 
 
-@pytest.mark.parametrize("name", RL_PAPERS)
+@pytest.mark.parametrize("name", RL)
 def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
     config = paper(name)
     experiment = build.build(config, one_device())
@@ -130,7 +133,7 @@ def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", sorted(set(PAPERS) - set(RL_PAPERS)))
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_a_supervised_step_traces(name, paper):
     config = paper(name)
     experiment = build.build(config, one_device())
