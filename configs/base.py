@@ -2,18 +2,20 @@
 
 python -m experiments.run --config=base.py         # a small model trained here, minutes on two CPU cores
 python -m experiments.run --config=base.py:smoke   # seconds
+python -m experiments.run --config=base.py:paper   # verl's GRPO example on 7B; needs the checkpoint and the data
 """
 
 import ml_collections
 from ml_collections import config_dict
 
+from configs import paper
 from configs.common import Config, call, term
 
-ARGS = ("", "smoke")
+ARGS = ("", "smoke", "paper")
 
 
 def get_config(arg: str = "") -> Config:
-    """The embedded default, or with ``arg`` "smoke" something that runs in seconds."""
+    """The embedded default, or with ``arg`` "smoke" something that runs in seconds, or verl's example."""
     check_arg(arg, ARGS)
     config: Config = ml_collections.ConfigDict()
     # "rl", "supervised": maximum likelihood on the data's worked solutions, or "preference": learning from pairs
@@ -23,6 +25,7 @@ def get_config(arg: str = "") -> Config:
     config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
 
     config.model = dict(
+        vocab_size=0,  # 0: the tokenizer's; more pads the embedding, as checkpoints do
         num_layers=3,
         hidden_size=96,
         num_heads=4,
@@ -152,7 +155,8 @@ def get_config(arg: str = "") -> Config:
         learning_rate=3e-4,
         lr_warmup_updates=5,
         frozen_updates=0,  # at a rate of 0, before the warm-up: while a token reward model learns first
-        lr_decay="constant",  # or "cosine", "linear" to 0 over the run's updates
+        lr_decay="constant",  # or "cosine", "linear" over the run's updates
+        lr_end_fraction=0.0,  # of the learning rate, where a decay ends
         weight_decay=0.0,
         b1=0.9,
         b2=0.99,
@@ -175,6 +179,8 @@ def get_config(arg: str = "") -> Config:
 
     if arg == "smoke":
         smoke(config)
+    if arg == "paper":
+        _paper(config)
     return config
 
 
@@ -202,3 +208,12 @@ def smoke(config: Config) -> None:
     )
     config.evaluation.update(num_prompts=16, num_samples=2, num_slots=16)
     config.checkpoint.update(every=2)
+
+
+def _paper(config: Config) -> None:
+    """verl's examples/grpo_trainer/run_qwen2-7b_math.sh, as are all values but those that say otherwise."""
+    paper.model(config, "Qwen2-7B-Instruct")
+    paper.data(config, **paper.GSM8K_AND_MATH, **paper.GSM8K_AND_MATH_TEST, prompt_len=1024, completion_len=1024)
+    paper.batch(config, prompts=1024, group_size=5, minibatches=4, num_steps=210)  # 15 epochs of 14,973 prompts
+    paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
+    config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)

@@ -2,16 +2,17 @@
 
 python -m experiments.run --config=clipcov.py         # a small model trained here, minutes on two CPU cores
 python -m experiments.run --config=clipcov.py:smoke   # seconds
+python -m experiments.run --config=clipcov.py:paper   # the paper's 7B run; needs its checkpoint and data
 """
 
-from configs import base
+from configs import base, paper
 from configs.common import Config, call
 
 ARGS = base.ARGS
 
 
 def get_config(arg: str = "") -> Config:
-    config = base.get_config(arg)
+    config = base.get_config("" if arg == "paper" else arg)
     config.objective = call(
         "clip_cov.objective",
         clip_eps_low=1.0,  # the authors' 7b_clip_cov.sh: PPO's own clip is all but off
@@ -22,4 +23,18 @@ def get_config(arg: str = "") -> Config:
         clip_cov_low=0.05,  # guess
         clip_cov_high=5.0,
     )
+    if arg == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: Config) -> None:
+    paper.entropy_mechanism(config)
+    config.objective = call(
+        "clip_cov.objective",
+        clip_eps_low=1.0,  # this and the rest: the authors' 7b_clip_cov.sh
+        clip_eps_high=1.0,
+        clip_cov_ratio=2e-4,
+        clip_cov_low=1.0,
+        clip_cov_high=5.0,
+    )

@@ -2,6 +2,7 @@
 
     python -m experiments.run --config=luffy.py                # a small model trained here, minutes on two CPU cores
     python -m experiments.run --config=luffy.py:smoke          # seconds
+    python -m experiments.run --config=luffy.py:paper          # the paper's 7B run; needs its checkpoint and data
     python -m experiments.run --config=luffy.py:on_policy      # its baselines: no demonstration in the groups,
     python -m experiments.run --config=luffy.py:rl_with_sft    # demonstrations in a loss term of their own,
     python -m experiments.run --config=luffy.py:sft            # imitation alone,
@@ -11,7 +12,7 @@ Demonstrations are the tasks' own worked solutions. The warm-up knows shorter su
 longer one right and there is something to learn from being shown.
 """
 
-from configs import base
+from configs import base, paper
 from configs.common import Config, call, term
 
 ARGS = (*base.ARGS, "on_policy", "rl_with_sft", "sft", "sft_then_rl")
@@ -45,7 +46,21 @@ def get_config(arg: str = "") -> Config:
         config.optimizer.learning_rate = 1e-3  # guess
     if arg == "sft_then_rl":
         config.warmup.imitation_steps = 50  # guess: about as many demonstrations as LUFFY sees in its steps
+    if arg == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: Config) -> None:
+    """The authors' training script (ElliottYan/LUFFY at 01f4ae0)."""
+    paper.model(config, "Qwen2.5-Math-7B-16k-think")
+    files = ("data/openr1.parquet",)  # OpenR1-Math-46k-8192, whose targets are lists of one message: make them text
+    paper.data(config, files=files, **paper.AIME, prompt_len=1024, completion_len=8192)
+    config.data.update(demonstration_key="target", max_demonstration_len_tokens=8192)
+    # Minibatches of 64 prompts. The script has 30 epochs, 10,700 steps; the paper reports some 500: guess.
+    paper.batch(config, prompts=128, group_size=8, minibatches=2, num_steps=500)
+    paper.optimizer(config, learning_rate=1e-6, warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
+    config.aggregation = dict(policy=term("sum", divisor=8192.0))
 
 
 def _data(config: Config, smoke: bool) -> None:

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from configs.common import Config
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-HELPERS = ("__init__.py", "common.py")
+HELPERS = ("__init__.py", "common.py", "models.py", "paper.py")
 # The --config flag. Unknown keys are refused with the nearest name, wrong types with both types.
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an optional :arg.", lock_config=True

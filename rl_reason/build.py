@@ -1,6 +1,7 @@
 """From a config to everything a run is made of, with all of it checked before anything compiles."""
 
 import dataclasses
+import pathlib
 import typing
 from collections.abc import Callable, Mapping
 
@@ -86,7 +87,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     """
     _check_run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
+    tokenizer = load_tokenizer(config)
     pairs, others = None, {}
     if config.loop == "preference":
         pairs = pair_parts.from_config(config, tokenizer, sharding.num_row_shards(mesh))
@@ -235,6 +236,22 @@ def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:
         raise ValueError(f"config.regularisers.kl.estimator={kl['estimator']!r}; there are k1, k2, k3.")
 
 
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that the config names.
+
+    Raises:
+        ValueError: when there is no such file, or it is no tokenizer of ours.
+    """
+    if config.tokenizer == "embedded":
+        return Tokenizer.load()
+    if not pathlib.Path(config.tokenizer).is_file():
+        raise ValueError(
+            f"config.tokenizer={config.tokenizer!r}: no file there; give the path of a sentencepiece model with byte "
+            "pieces, or 'embedded'. The tokenizers of Hugging Face checkpoints cannot be read yet."
+        )
+    return Tokenizer.load(config.tokenizer)
+
+
 def make_source_of(config: Config, tokenizer: Tokenizer, split: str, num_examples: int = 0) -> Source:
     """The config's data of a split; of tasks the first ``num_examples``, or with 0 an endless supply."""
     data = config.data.to_dict() | dict(num_examples=num_examples)
@@ -257,8 +274,19 @@ def warmup_source(config: Config, tokenizer: Tokenizer) -> Source:
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's shapes, with the tokenizer's vocabulary."""
-    return ModelConfig(vocab_size=tokenizer.vocab_size, **config.model)
+    """The model's shapes; its vocabulary is the tokenizer's, or that padded to a checkpoint's.
+
+    Raises:
+        ValueError: for a vocabulary that lacks some of the tokenizer's ids.
+    """
+    shapes = dict(config.model)
+    vocab_size = shapes.pop("vocab_size") or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} ids of "
+            f"config.tokenizer={config.tokenizer!r}; 0 takes the tokenizer's."
+        )
+    return ModelConfig(vocab_size=vocab_size, **shapes)
 
 
 def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size: int, num_slots: int) -> RolloutConfig:
@@ -278,17 +306,20 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
 
 
 def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
-    """A rate of 0 while frozen, linear warm-up, then constant, cosine or linear decay to 0 over the run's updates."""
+    """A rate of 0 while frozen, linear warm-up, then constant, or cosine or linear decay to ``lr_end_fraction`` of
+    the rate over the run's updates."""
     frozen = o.get("frozen_updates", 0)
     if frozen:
         later = rl_schedule({**o, "frozen_updates": 0}, total_updates - frozen)
         return optax.join_schedules([optax.constant_schedule(0.0), later], [frozen])
     warm = min(o["lr_warmup_updates"], max(total_updates - 1, 0))
-    rate, rest = o["learning_rate"], max(total_updates - warm, 1)
+    rate, end, rest = o["learning_rate"], o["lr_end_fraction"], max(total_updates - warm, 1)
+    if not 0 <= end <= 1:
+        raise ValueError(f"config.optimizer.lr_end_fraction={end} is not in 0..1.")
     decays = {
         "constant": optax.constant_schedule(rate),
-        "cosine": optax.cosine_decay_schedule(rate, rest),
-        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(rate, rest, alpha=end),
+        "linear": optax.linear_schedule(rate, end * rate, rest),
     }
     if o["lr_decay"] not in decays:
         raise ValueError(f"config.optimizer.lr_decay={o['lr_decay']!r}; there are {', '.join(decays)}.")

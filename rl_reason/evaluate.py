@@ -47,7 +47,7 @@ def setup_of(config: build.Config, devices: list | None = None) -> Setup:
         ValueError: a mesh that does not cover the devices, a tokenizer that is not there.
     """
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    tokenizer = Tokenizer.load() if config.tokenizer == "embedded" else Tokenizer.load(config.tokenizer)
+    tokenizer = build.load_tokenizer(config)
     return Setup(config, mesh, tokenizer, build.model_config(config, tokenizer))
 
 

@@ -121,7 +121,7 @@ def _authors(experiment: build.Experiment) -> dict[str, build.Experiment]:
 
 
 def _source(experiment: build.Experiment, split: str) -> Source:
-    """Not ``experiment.heldout``, which is what ``config.evaluation.split`` says."""
+    """An endless supply of the split's prompts, whatever RL may be bounded to."""
     return build.make_source_of(experiment.config, experiment.tokenizer, split)
 
 

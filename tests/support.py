@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import config_files
 from rl_reason import build, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.parts import Parts
@@ -26,7 +27,7 @@ PROMPT_WIDTH, COMPLETION_LEN = 5, 6
 
 def config_names(loop: str | None = None) -> list[str]:
     """Every experiment in configs/, found rather than listed; or those of one kind of loop."""
-    names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+    names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.name not in config_files.HELPERS)
     return [name for name in names if loop is None or load_config(name).loop == loop]
 
 

@@ -78,6 +78,12 @@ def changed(**changes):
         (dict(objective=call("grpo.objective")), "config.objective = call('grpo.objective', ...): missing"),
         (dict(objective=None), "config.objective is None"),
         (dict(optimizer__lr_decay="cos"), "config.optimizer.lr_decay='cos'; there are constant, cosine, linear."),
+        (dict(optimizer__lr_end_fraction=2.0), "config.optimizer.lr_end_fraction=2.0 is not in 0..1."),
+        (dict(model__vocab_size=9), "config.model.vocab_size=9 is less than the"),
+        (
+            dict(tokenizer="nowhere"),
+            "config.tokenizer='nowhere': no file there; give the path of a sentencepiece model",
+        ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
@@ -111,8 +117,9 @@ def test_a_kl_regulariser_makes_the_loop_keep_a_reference():
     assert build.new_state(tiny_parts("base"), params, 0).ref_params is None
 
 
-def rates(decay, total, updates, warm=4):
-    schedule = build.rl_schedule(dict(learning_rate=1.0, lr_warmup_updates=warm, lr_decay=decay), total)
+def rates(decay, total, updates, warm=4, end=0.0):
+    options = dict(learning_rate=1.0, lr_warmup_updates=warm, lr_decay=decay, lr_end_fraction=end)
+    schedule = build.rl_schedule(options, total)
     return [float(schedule(jnp.int32(u))) for u in updates]
 
 
@@ -121,6 +128,8 @@ def test_schedules_by_hand():
     assert rates("constant", 12, (0, 2, 4, 12)) == pytest.approx([0.25, 0.625, 1.0, 1.0])
     assert rates("linear", 12, (0, 4, 8, 12)) == pytest.approx([0.25, 1.0, 0.5, 0.0])
     assert rates("cosine", 12, (4, 8, 12)) == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+    assert rates("linear", 12, (4, 8, 12), end=0.2) == pytest.approx([1.0, 0.6, 0.2])
+    assert rates("cosine", 12, (4, 8, 12), end=0.2) == pytest.approx([1.0, 0.6, 0.2])
     assert rates("constant", 12, (0,), warm=0) == [1.0]
     assert rates("constant", 1, (0, 1)) == [1.0, 1.0]  # a run shorter than its warm-up
 
@@ -144,7 +153,7 @@ def test_config_files_are_found_by_bare_names():
 
 def test_unknown_config_files_are_answered_with_those_there_are():
     with pytest.raises(
-        SystemExit, match=r"no such file\. Did you mean clipcov\.py\? In configs/ there are: base\.py, "
+        SystemExit, match=r"no such file\. Did you mean clipcov\.py\? In configs/ there are: .*base\.py, "
     ):
         config_files.resolved(["--config=clipcv.py"])
     assert "common.py" not in config_files.known()

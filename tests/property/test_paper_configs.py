@@ -1,0 +1,178 @@
+"""Laws of the papers' own configs, found in configs/: each builds, and one step of it traces, without an array in memory."""
+
+import functools
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.models import MODELS
+from rl_reason import build
+from rl_reason.data.packing import packed_stream
+from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.loop import supervised
+from rl_reason.loop.chunk import make_step
+from rl_reason.models import transformer
+from rl_reason.types import Prompts, Verdicts
+from tests.property.test_laws import keys_of
+from tests.support import config_names, load_config, one_device
+
+RL, SUPERVISED = (
+    [name for name in config_names(loop) if "paper" in importlib.import_module(f"configs.{name}").ARGS]
+    for loop in ("rl", "supervised")
+)
+PAPERS = RL + SUPERVISED
+# Parameters, and those a token uses, as the models' cards give them; DeepSeekMath's by hand, Intern-S1's by its text model.
+PUBLISHED = {
+    "Qwen2.5-7B": (7.61e9, 7.61e9),
+    "Qwen2-7B-Instruct": (7.61e9, 7.61e9),
+    "OREAL-7B-SFT": (7.61e9, 7.61e9),
+    "Qwen2.5-Math-7B": (7.61e9, 7.61e9),
+    "Qwen2.5-Math-7B-16k-think": (7.61e9, 7.61e9),
+    "Qwen2.5-Math-1.5B": (1.54e9, 1.54e9),
+    "Qwen2.5-32B": (32.5e9, 32.5e9),
+    "Llama-3.1-8B": (8.03e9, 8.03e9),
+    "deepseek-math-7b-instruct": (6.91e9, 6.91e9),  # 30 (4 x 4096^2 + 3 x 4096 x 11008) + 2 x 102400 x 4096
+    "Qwen3-30B-A3B-Base": (30.5e9, 3.3e9),
+    "Qwen3-235B-A22B": (235e9, 22e9),
+    "Intern-S1": (235e9, 22e9),
+    "Intern-S1-mini": (8.2e9, 8.2e9),
+}
+num_params = functools.cache(transformer.num_params)
+
+
+@pytest.fixture
+def paper(tmp_path):
+    """Loads configs/<name>.py:paper, with a row of data and the embedded tokenizer in place of its own."""
+
+    def load(name):
+        config = load_config(name, "paper")
+        column = config.data.demonstration_key or "worked"
+        paths = []
+        for number, split in enumerate(("train", "heldout")):
+            row = dict(prompt=f"{number}+1=", answer="1", extra_info=dict(split="train"))
+            path = tmp_path / f"{split}.jsonl"
+            path.write_text(json.dumps(row | {column: f"{number}+1####1"}) + "\n")
+            paths.append(str(path))
+        config.tokenizer = "embedded"
+        config.data.update(files=(paths[0],), heldout_files=(paths[1],), answer_key="answer")
+        return config
+
+    return load
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def abstract_state(parts):
+    params = jax.eval_shape(functools.partial(transformer.init, config=parts.model), jax.random.key(0))
+    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
+
+
+def test_every_rl_config_has_its_paper():
+    assert config_names("rl") == RL
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_only_base_adds_keys(name):
+    config = load_config(name, "paper")
+    assert keys_of(config) == keys_of(load_config("base", "paper"))
+    assert config.loop == load_config(name).loop
+    assert config.data.files and not config.data.tasks
+    assert all(
+        config.model[key] == value for key, value in MODELS[config.tokenizer.removeprefix("checkpoints/")].items()
+    )
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_says_what_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(name, "paper")
+    with pytest.raises(
+        ValueError, match=r"config\.tokenizer='checkpoints/.*': no file there; give the path of a sentence"
+    ):
+        build.build(config, one_device())
+    config.tokenizer = "embedded"
+    with pytest.raises(ValueError, match=f"data.files: no file '{config.data.files[0]}'"):
+        build.build(config, one_device())
+
+
+@pytest.mark.parametrize("name", RL)
+def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
+    config = paper(name)
+    experiment = build.build(config, one_device())
+    parts, data = experiment.parts, config.data
+    assert parts.model.vocab_size == config.model.vocab_size
+    of = lambda *shape: jnp.zeros((parts.plan.prompts_drawn, *shape), jnp.int32)
+
+    def verify(rollout, prompts):
+        del prompts
+        right = rollout.truncated
+        answers = jnp.zeros(right.shape, jnp.int32) if parts.wants("answers") else None
+        return Verdicts(right.astype(rollout.rollout_logprobs.dtype), ~right, answers)
+
+    def step(state):
+        prompts = Prompts(
+            tokens=of(data.max_prompt_len_tokens),
+            prompt_len=of(),
+            example_id=of(),
+            uid=of(),
+            route=of(),
+            reference=of(data.max_reference_len_tokens),
+            demonstration=of(data.max_demonstration_len_tokens),
+        )
+        return make_step(parts, verify)(state, prompts, experiment.sampling)
+
+    state = abstract_state(parts)
+    after, (metrics, sampled) = jax.eval_shape(step, state)
+    assert described(after) == described(state)
+    assert all(x.shape == () for x in metrics.values())
+    assert sampled.tokens.shape[-1] == data.max_prompt_len_tokens + config.rollout.completion_len
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_a_supervised_step_traces(name, paper):
+    config = paper(name)
+    experiment = build.build(config, one_device())
+    s = config.supervised
+    packed_stream(
+        experiment.train,
+        experiment.tokenizer,
+        rows_per_batch=s.rows_per_step,
+        row_len=s.row_len_tokens,
+        direct_share=s.direct_share,
+    )
+    of = lambda dtype: jnp.zeros((config.steps_per_call, s.rows_per_step, s.row_len_tokens), dtype)
+
+    def chunk(state):
+        batches = supervised.Demonstrations(of(jnp.int32), of(bool), of(jnp.int32))
+        return supervised.make_packed_chunk(experiment.parts)(state, batches)
+
+    state = abstract_state(experiment.parts)
+    after, _ = jax.eval_shape(chunk, state)
+    assert described(after) == described(state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_as_many_as_published(name):
+    config = load_config("base")
+    config.model.update(MODELS[name])
+    config.model.update(rope_theta=1.0, norm_eps=1e-6)  # no parameters; models of one shape are then counted once
+    total, active = num_params(build.model_config(config, Tokenizer.load()))
+    published, published_active = PUBLISHED[name]
+    assert total == pytest.approx(published, rel=0.01)
+    assert active == pytest.approx(published_active, rel=0.02)  # to two digits
+
+
+def test_a_vocabulary_is_the_tokenizers_or_more():
+    config, tokenizer = load_config("base"), Tokenizer.load()
+    assert build.model_config(config, tokenizer).vocab_size == tokenizer.vocab_size
+    config.model.vocab_size = tokenizer.vocab_size + 9
+    assert build.model_config(config, tokenizer).vocab_size == tokenizer.vocab_size + 9
+    config.model.vocab_size = tokenizer.vocab_size - 1
+    with pytest.raises(ValueError, match=f"config.model.vocab_size={tokenizer.vocab_size - 1} is less than the"):
+        build.model_config(config, tokenizer)
