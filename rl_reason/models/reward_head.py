@@ -25,3 +25,15 @@ def token_logits(
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = hidden.astype(wide) @ params["head"]["weight"].astype(wide) + params["head"]["bias"].astype(wide)
     return jnp.where(valid, logits, 0.0)
+
+
+def preference_losses(
+    better: Float[Array, " M"], worse: Float[Array, " M"], focal_gamma: float
+) -> Float[Array, " M"]:
+    """-log sigmoid(better - worse) a pair (Bradley-Terry), in nats; POLAR's loss (arXiv:2507.05197).
+
+    Times (1 - 2 max(sigmoid - 1/2, 0))^focal_gamma, which spares pairs that are already told apart; 0 is without.
+    """
+    delta = better - worse
+    sure = jnp.maximum(jax.nn.sigmoid(delta) - 0.5, 0.0)
+    return jax.nn.softplus(-delta) * (1.0 - 2.0 * sure) ** focal_gamma
