@@ -129,6 +129,8 @@ def get_config(arg: str = "") -> Config:
         b2=0.99,
         eps=1e-8,
         grad_clip=1.0,
+        skip_above_norm=0.0,  # updates whose gradient norm, before clipping, is larger are skipped and counted; 0: none
+        frozen=(),  # parameters that do not learn after the warm-up, by patterns of their paths, as ("router",)
         max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
     )
 

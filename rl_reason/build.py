@@ -1,8 +1,9 @@
 """From a config to everything a run is made of, with all of it checked before anything compiles."""
 
 import dataclasses
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         slots=_slots(config),
         optimizer=adamw(o, schedule),
         schedule=schedule,
+        frozen=_frozen(o["frozen"], model),
+        skip_above_norm=o["skip_above_norm"],
         aggregation=reduced,
         regularisers=config.regularisers.to_dict(),
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
@@ -120,7 +123,11 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         0.1 * w.learning_rate,
     )
     supervised = dataclasses.replace(
-        parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
+        parts,
+        optimizer=adamw({**o, "weight_decay": w.weight_decay, "frozen": ()}, warm_schedule),
+        schedule=warm_schedule,
+        frozen=(),
+        skip_above_norm=0.0,
     )
     return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised)
 
@@ -230,15 +237,37 @@ def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
 
 
 def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer)."""
+    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer), and what is frozen."""
+    spared = ("norm", *o["frozen"])
 
     def decays(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in sharding.path_name(path), params)
+        is_spared = lambda path: any(re.search(pattern, sharding.path_name(path)) for pattern in spared)
+        return jax.tree_util.tree_map_with_path(lambda path, _: not is_spared(path), params)
 
     return optax.chain(
         optax.clip_by_global_norm(o["grad_clip"]),
         optax.adamw(schedule, b1=o["b1"], b2=o["b2"], eps=o["eps"], weight_decay=o["weight_decay"], mask=decays),
     )
+
+
+def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
+    """The patterns of ``config.optimizer.frozen``; each has to match a parameter, and one has to be left to learn.
+
+    Raises:
+        ValueError: with the parameters there are.
+    """
+    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"config.optimizer.frozen: {pattern!r} matches no parameter"
+                f"{' (a dense model has no router: set model.num_experts)' if pattern == 'router' else ''}; "
+                f"there are {', '.join(names)}."
+            )
+    if all(any(re.search(pattern, name) for pattern in patterns) for name in names):
+        raise ValueError(f"config.optimizer.frozen={tuple(patterns)} leaves no parameter to learn.")
+    return tuple(patterns)
 
 
 def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:

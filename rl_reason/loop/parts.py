@@ -23,6 +23,8 @@ class Parts:
     slots: Mapping[str, Slot | None]
     optimizer: optax.GradientTransformation
     schedule: Callable[[typing.Any], typing.Any]  # learning rate by update, for the metrics
+    frozen: tuple[str, ...]  # patterns of parameter paths that do not learn
+    skip_above_norm: float  # updates with a larger gradient are skipped; 0: none
     aggregation: Mapping[str, Mapping[str, typing.Any]]
     regularisers: Mapping[str, Mapping[str, typing.Any] | None]
     router_coefs: Mapping[str, float]

@@ -27,9 +27,7 @@ def token_logits(
     return jnp.where(valid, logits, 0.0)
 
 
-def preference_losses(
-    better: Float[Array, " M"], worse: Float[Array, " M"], focal_gamma: float
-) -> Float[Array, " M"]:
+def preference_losses(better: Float[Array, " M"], worse: Float[Array, " M"], focal_gamma: float) -> Float[Array, " M"]:
     """-log sigmoid(better - worse) a pair (Bradley-Terry), in nats; POLAR's loss (arXiv:2507.05197).
 
     Times (1 - 2 max(sigmoid - 1/2, 0))^focal_gamma, which spares pairs that are already told apart; 0 is without.

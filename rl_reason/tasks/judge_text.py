@@ -59,9 +59,7 @@ def judged_part(response: str, *, max_lines: int, max_chars: int) -> str:
     return "\n".join(lines[-max_lines:])[-max_chars:]
 
 
-def bootcamp_score(
-    response: str, returned: object, *, extracted: bool, format_score: float, min_chars: int
-) -> float:
+def bootcamp_score(response: str, returned: object, *, extracted: bool, format_score: float, min_chars: int) -> float:
     """InternBootcamp's score of a response for which its task's verifier ``returned`` a value.
 
     0 below ``min_chars`` characters or without the end of the thinking; 0 where no answer could be ``extracted``;
