@@ -119,6 +119,11 @@ def get_config(arg: str = "") -> Config:
     # dict(learning_rate) of the token reward model that oreal.objective reads
     config.token_reward = config_dict.placeholder(object)
 
+    # {name: dict(model, tasks, num_steps, steps_per_call, batch_size, learning_rate)} of the frozen models that the reward
+    # slot asks: "judge", a generative verifier, and "preference", a reward model, which has a focal_gamma too. They are
+    # trained on the data's tasks before the run, and cached.
+    config.models = config_dict.placeholder(object)
+
     config.optimizer = dict(
         learning_rate=3e-4,
         lr_warmup_updates=5,

@@ -18,6 +18,7 @@ from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.judging import ASK, LABELS, SEPARATOR, Judge, Preference, Verifier
 from rl_reason.loop import token_reward
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
@@ -25,12 +26,16 @@ from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling, make_sampling
+from rl_reason.slots import did_you_mean
+from rl_reason.splice import spell
 from rl_reason.tasks.answer_ids import RULES
 from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
-TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
+TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
+TRAINED = {"model", "tasks", "num_steps", "steps_per_call", "batch_size", "learning_rate"}  # what every judge takes
+JUDGES: dict[str, set[str]] = {"judge": TRAINED, "preference": TRAINED | {"focal_gamma"}}
 LOOPS = ("rl", "supervised")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
@@ -111,6 +116,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
         token_reward=_token_reward(config, model),
+        judges=_judges(config, tokenizer),
         tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
@@ -278,15 +284,58 @@ def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
         opt_state=parts.optimizer.init(params),
         key=jax.random.key(seed),
         ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
-        models={}
-        if parts.token_reward is None
-        else {token_reward.NAME: _new_token_reward(parts.token_reward, params, seed)},
+        models=_new_models(parts, params, seed),
         stats=_stats(parts),
     )
 
 
-def _new_token_reward(static: TokenReward, params: PyTree, seed: int) -> dict[str, PyTree]:
-    return static.init(jax.random.fold_in(jax.random.key(seed), TOKEN_REWARD_KEY), params)
+def _new_models(parts: Parts, params: PyTree, seed: int) -> dict[str, PyTree]:
+    """The token reward model, and the judges with random weights, in whose place a run puts trained ones."""
+    key = lambda purpose: jax.random.fold_in(jax.random.key(seed), purpose)
+    models: dict[str, PyTree] = {}
+    if parts.token_reward is not None:
+        models[token_reward.NAME] = parts.token_reward.init(key(TOKEN_REWARD_KEY), params)
+    for index, name in enumerate(sorted(parts.judges)):
+        judge_key = jax.random.fold_in(key(JUDGES_KEY), index)
+        models[name] = {"params": parts.judges[name].init(judge_key)}
+    return models
+
+
+def _judges(config: Config, tokenizer: Tokenizer) -> dict[str, Judge]:
+    """The models that ``config.models`` describes, each a smaller or larger ``config.model`` without experts.
+
+    Raises:
+        ValueError: an unknown name, or keys missing or unknown, or tasks that the data lacks.
+    """
+    judges: dict[str, Judge] = {}
+    for name, own in (config.models or {}).items():
+        if name not in JUDGES:
+            raise ValueError(f"config.models: no {name!r}.{did_you_mean(name, JUDGES)} There are {', '.join(JUDGES)}.")
+        if set(own) != JUDGES[name]:
+            raise ValueError(f"config.models.{name} has keys {sorted(own)}; it takes exactly {sorted(JUDGES[name])}.")
+        if not own["tasks"] or set(own["tasks"]) - set(config.data.tasks):
+            raise ValueError(
+                f"config.models.{name}.tasks={tuple(own['tasks'])}: name tasks of config.data.tasks, which are "
+                f"{tuple(config.data.tasks)}."
+            )
+        if own["num_steps"] % max(own["steps_per_call"], 1):
+            raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")
+        dense = {**config.model, "num_experts": 0, "experts_per_token": 0}
+        model = ModelConfig(vocab_size=tokenizer.vocab_size, **{**dense, **own["model"]})
+        marks = [_one_id(text, tokenizer) for text in (SEPARATOR, ASK)]
+        if name == "preference":
+            judges[name] = Preference(model, *marks, tokenizer.pad_id)
+        else:
+            labels = tuple(_one_id(label.encode(), tokenizer) for label in LABELS)
+            judges[name] = Verifier(model, *marks, tokenizer.pad_id, labels)
+    return judges
+
+
+def _one_id(text: bytes, tokenizer: Tokenizer) -> int:
+    ids = spell(text, tokenizer)
+    if len(ids) != 1:
+        raise ValueError(f"config.models: the tokenizer writes {text!r} with {len(ids)} tokens; judges need one.")
+    return ids[0]
 
 
 def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, evaluate, processes, warmup
+from rl_reason import build, evaluate, judges, processes, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
@@ -70,13 +70,17 @@ def train(session: Session) -> Summary | None:
             evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
         if saved is None:
             params = _warm_up(session)
+            trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
             params = build.init_params(experiment)  # only a template: the checkpoint fills it
+            trained = {}  # and the judges
             before = _read_before(session)
         driver = make_driver(session)
         state = driver.initial_state(params)
+        if trained:
+            state = judges.put(state, trained)
         del params
         state = Training(session, driver, checkpoints, evaluator).run(state, saved)
         after = _evaluate(session, evaluator, driver.policy(state), "after")
@@ -102,6 +106,23 @@ def _warm_up(session: Session) -> PyTree:
         session.display.info(f"warm-up weights read from the cache in {warm.seconds:.1f} s")
     session.warmup_seconds = warm.seconds
     return warm.params
+
+
+def _make_judges(session: Session) -> dict[str, judges.Trained]:
+    made: dict[str, judges.Trained] = {}
+    for name in sorted(session.experiment.parts.judges):
+        with session.display.phase(name, session.experiment.config.models[name]["num_steps"]) as phase:
+
+            def on_step(step: int, loss: float, name=name, phase=phase) -> None:
+                phase.update(step, {"loss": loss})
+                _stop_if_asked(session, f"at step {step} of the model {name!r}")
+
+            made[name] = judge = judges.make(session.experiment, name, on_step)
+        session.display.info(
+            f"{name}: {judge.accuracy:.1%} of {judges.NUM_HELDOUT} held-out cases judged as the tasks do, "
+            f"{judge.unreadable:.1%} unreadable ({judge.seconds:.0f} s{', cached' if judge.cached else ''})"
+        )
+    return made
 
 
 def _stop_if_asked(session: Session, where: str) -> None:

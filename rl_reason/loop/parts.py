@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import optax
 
 from rl_reason.batch import BatchPlan
+from rl_reason.judging import Judge
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
@@ -30,6 +31,7 @@ class Parts:
     router_coefs: Mapping[str, float]
     objective_scope: str  # "minibatch", or "microbatch" for parity with the authors' forks
     token_reward: TokenReward | None  # learns beside the policy, for objectives that weigh tokens
+    judges: Mapping[str, Judge]  # frozen models that the reward slot may ask, by name; parameters in TrainState.models
     tokenizer: typing.Any  # for rewards that read what tokens spell
     log_groups: int  # groups of each step whose rollouts are handed out; -1 is all
 

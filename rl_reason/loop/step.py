@@ -5,12 +5,14 @@ drift apart.
 """
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from rl_reason import judging
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import merge_strided, split_strided
 from rl_reason.loop import token_reward
@@ -80,6 +82,17 @@ def reward_phase(
             key=_step_key(state, REWARD),
             tokenizer=parts.tokenizer,
             score_logprobs=score_logprobs,
+            judges={
+                name: functools.partial(
+                    judging.ask,
+                    judge,
+                    state.models[name]["params"],
+                    rollout,
+                    prompts,
+                    parts.plan.pieces_of(rollout.tokens.shape[0]),
+                )
+                for name, judge in parts.judges.items()
+            },
         )
     )
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)

@@ -22,9 +22,13 @@ def token_logits(
 ) -> Float[Array, "N T"]:
     """The head's number at every token, having read up to and including it; in fp32 or wider. 0 where not ``valid``."""
     hidden = transformer.forward(params["backbone"], tokens, valid, config).hidden
+    return jnp.where(valid, logits(params["head"], hidden), 0.0)
+
+
+def logits(head: PyTree, hidden: Float[Array, "*r D"]) -> Float[Array, "*r"]:
+    """The head's number of each hidden state, in fp32 or wider."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = hidden.astype(wide) @ params["head"]["weight"].astype(wide) + params["head"]["bias"].astype(wide)
-    return jnp.where(valid, logits, 0.0)
+    return hidden.astype(wide) @ head["weight"].astype(wide) + head["bias"].astype(wide)
 
 
 def preference_losses(better: Float[Array, " M"], worse: Float[Array, " M"], focal_gamma: float) -> Float[Array, " M"]:

@@ -63,8 +63,9 @@ def bootcamp_score(response: str, returned: object, *, extracted: bool, format_s
     """InternBootcamp's score of a response for which its task's verifier ``returned`` a value.
 
     0 below ``min_chars`` characters or without the end of the thinking; 0 where no answer could be ``extracted``;
-    ``format_score`` from there on: True becomes 1, a number counts as it is. Two traps, as in the code: the number 0 gives 0,
-    but False, which is no number there, trips an assertion and keeps ``format_score``; so does numpy's bool, even a true one.
+    ``format_score`` from there on: True becomes 1, a number counts as it is. Two traps, as in the code: the number 0 gives
+    0, but False, which is no number there, trips an assertion and keeps ``format_score``; so does numpy's bool, a true one
+    too.
 
     >>> thought = "<think>" + "." * 100 + "</think>"
     >>> score = lambda x: bootcamp_score(thought, x, extracted=True, format_score=0.1, min_chars=100)
