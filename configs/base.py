@@ -40,7 +40,8 @@ def get_config(arg: str = "") -> Config:
         remat=False,
     )
     config.tokenizer = "embedded"  # or the path of a sentencepiece model
-    config.router = dict(balance_coef=0.001, z_coef=0.0)  # mixture-of-experts models only
+    # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
+    config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
 
     config.data = dict(

@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, sharding, slots
+from rl_reason import aggregation, judging, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.judging import ASK, LABELS, SEPARATOR, Judge, Preference, Verifier
 from rl_reason.loop import token_reward
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
@@ -26,16 +25,12 @@ from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling, make_sampling
-from rl_reason.slots import did_you_mean
-from rl_reason.splice import spell
 from rl_reason.tasks.answer_ids import RULES
 from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
-TRAINED = {"model", "tasks", "num_steps", "steps_per_call", "batch_size", "learning_rate"}  # what every judge takes
-JUDGES: dict[str, set[str]] = {"judge": TRAINED, "preference": TRAINED | {"focal_gamma"}}
 LOOPS = ("rl", "supervised")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
@@ -89,6 +84,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
+    rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.max_rounds > 1:
         raise ValueError(
@@ -116,7 +112,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
         token_reward=_token_reward(config, model),
-        judges=_judges(config, tokenizer),
+        judges=judging.described(config.models or {}, model, config.data.tasks, tokenizer),
         tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
@@ -256,6 +252,21 @@ def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTran
     )
 
 
+def _replays(config: Config, plan: BatchPlan) -> bool:
+    """Whether updates use the experts chosen at rollout.
+
+    Raises:
+        ValueError: nothing to replay, or rows that were not sampled.
+    """
+    if not config.router.replay:
+        return False
+    if not config.model.num_experts:
+        raise ValueError("config.router.replay needs a mixture of experts: set config.model.num_experts.")
+    if plan.demonstrations:
+        raise ValueError("config.router.replay: demonstrations were not sampled; set config.batch.demonstrations=0.")
+    return True
+
+
 def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
     """The patterns of ``config.optimizer.frozen``; each has to match a parameter, and one has to be left to learn.
 
@@ -299,43 +310,6 @@ def _new_models(parts: Parts, params: PyTree, seed: int) -> dict[str, PyTree]:
         judge_key = jax.random.fold_in(key(JUDGES_KEY), index)
         models[name] = {"params": parts.judges[name].init(judge_key)}
     return models
-
-
-def _judges(config: Config, tokenizer: Tokenizer) -> dict[str, Judge]:
-    """The models that ``config.models`` describes, each a smaller or larger ``config.model`` without experts.
-
-    Raises:
-        ValueError: an unknown name, or keys missing or unknown, or tasks that the data lacks.
-    """
-    judges: dict[str, Judge] = {}
-    for name, own in (config.models or {}).items():
-        if name not in JUDGES:
-            raise ValueError(f"config.models: no {name!r}.{did_you_mean(name, JUDGES)} There are {', '.join(JUDGES)}.")
-        if set(own) != JUDGES[name]:
-            raise ValueError(f"config.models.{name} has keys {sorted(own)}; it takes exactly {sorted(JUDGES[name])}.")
-        if not own["tasks"] or set(own["tasks"]) - set(config.data.tasks):
-            raise ValueError(
-                f"config.models.{name}.tasks={tuple(own['tasks'])}: name tasks of config.data.tasks, which are "
-                f"{tuple(config.data.tasks)}."
-            )
-        if own["num_steps"] % max(own["steps_per_call"], 1):
-            raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")
-        dense = {**config.model, "num_experts": 0, "experts_per_token": 0}
-        model = ModelConfig(vocab_size=tokenizer.vocab_size, **{**dense, **own["model"]})
-        marks = [_one_id(text, tokenizer) for text in (SEPARATOR, ASK)]
-        if name == "preference":
-            judges[name] = Preference(model, *marks, tokenizer.pad_id)
-        else:
-            labels = tuple(_one_id(label.encode(), tokenizer) for label in LABELS)
-            judges[name] = Verifier(model, *marks, tokenizer.pad_id, labels)
-    return judges
-
-
-def _one_id(text: bytes, tokenizer: Tokenizer) -> int:
-    ids = spell(text, tokenizer)
-    if len(ids) != 1:
-        raise ValueError(f"config.models: the tokenizer writes {text!r} with {len(ids)} tokens; judges need one.")
-    return ids[0]
 
 
 def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:

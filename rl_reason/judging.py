@@ -9,6 +9,8 @@ A candidate is the completion with its EOS, so that one that did not finish look
 """
 
 import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,14 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from rl_reason.batch import merge_strided, split_strided
 from rl_reason.models import reward_head, transformer
 from rl_reason.models.transformer import ModelConfig
-from rl_reason.splice import pack
+from rl_reason.splice import pack, spell
+from rl_reason.tags import Tokenizer
 from rl_reason.types import Prompts, Rollout, struct
 
 SEPARATOR, ASK = b"\x1f", b"\x1e"
 LABELS = ("A", "B", "C")  # right; wrong; unfinished, or no answer
+TRAINED = frozenset({"model", "tasks", "num_steps", "steps_per_call", "batch_size", "learning_rate"})
+KEYS = {"judge": TRAINED, "preference": TRAINED | {"focal_gamma"}}  # of config.models
 
 
 @struct
@@ -137,3 +142,42 @@ def ask(judge: Judge, params: PyTree, rollout: Rollout, prompts: Prompts, pieces
         return judge(params, cases)
     _, said = jax.lax.scan(lambda _, piece: (None, judge(params, piece)), None, split_strided(cases, pieces))
     return merge_strided(said)
+
+
+def described(
+    models: Mapping[str, Mapping[str, typing.Any]], policy: ModelConfig, tasks: Sequence[str], tokenizer: Tokenizer
+) -> dict[str, Judge]:
+    """The models that ``config.models`` describes: the policy's shapes without experts, but for what ``model`` changes.
+
+    Raises:
+        ValueError: an unknown name, keys missing or unknown, or tasks that the data lacks.
+    """
+    judges: dict[str, Judge] = {}
+    for name, own in models.items():
+        if name not in KEYS:
+            raise ValueError(f"config.models: no {name!r}; there are {', '.join(KEYS)}.")
+        if set(own) != KEYS[name]:
+            raise ValueError(f"config.models.{name} has keys {sorted(own)}; it takes exactly {sorted(KEYS[name])}.")
+        if not own["tasks"] or set(own["tasks"]) - set(tasks):
+            raise ValueError(
+                f"config.models.{name}.tasks={tuple(own['tasks'])}: name tasks of config.data.tasks, which are "
+                f"{tuple(tasks)}."
+            )
+        if own["num_steps"] % max(own["steps_per_call"], 1):
+            raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")
+        dense = dataclasses.asdict(policy) | dict(num_experts=0, experts_per_token=0)
+        shapes = ModelConfig(**{**dense, **own["model"]})
+        marks = [_one_id(text, tokenizer) for text in (SEPARATOR, ASK)]
+        if name == "preference":
+            judges[name] = Preference(shapes, *marks, tokenizer.pad_id)
+        else:
+            labels = tuple(_one_id(label.encode(), tokenizer) for label in LABELS)
+            judges[name] = Verifier(shapes, *marks, tokenizer.pad_id, labels)
+    return judges
+
+
+def _one_id(text: bytes, tokenizer: Tokenizer) -> int:
+    ids = spell(text, tokenizer)
+    if len(ids) != 1:
+        raise ValueError(f"config.models: the tokenizer writes {text!r} with {len(ids)} tokens; judges need one.")
+    return ids[0]

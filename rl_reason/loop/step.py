@@ -95,6 +95,8 @@ def reward_phase(
             },
         )
     )
+    if isinstance(out, tuple):  # the rows are others now: experts recorded for the old ones mean nothing
+        out = (out[0], dataclasses.replace(out[1], expert_ids=None))
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
     rewards = dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid)
     if parts.wants("sampled_mean") or parts.wants("sampled_count"):
@@ -230,13 +232,15 @@ def _training_rows(
         old_logprobs=None,
         ref_logprobs=None,
         reference_mask=None if rollout.reference_mask is None else rollout.reference_mask & mask,
+        expert_ids=rollout.expert_ids,
     )
     early = any(s is not None and "old_logprobs" in s.wants for s in (parts.slots["advantages"],))
     old = ref = None
     if plan.updates_per_step > 1 or early:
         old = _score_in_pieces(parts, state.params, rows, sampling.temperature)
     if parts.wants("ref_logprobs"):
-        ref = _score_in_pieces(parts, state.ref_params, rows, sampling.temperature)
+        own = dataclasses.replace(rows, expert_ids=None)  # the reference is what it was: its routers choose
+        ref = _score_in_pieces(parts, state.ref_params, own, sampling.temperature)
     if parts.wants("token_scores") and parts.token_reward is not None:
         pieces = plan.pieces_of(rows.tokens.shape[0])
         token_rows = token_reward.Rows(rows.tokens, rows.row_mask, rows.prompt_len)
@@ -281,7 +285,7 @@ def _score_in_pieces(
     parts: Parts, params: PyTree, rows: Minibatch | ScoredRows, temperature: Float[Array, ""]
 ) -> Float[Array, "N T"]:
     """Log-probabilities of all rows, no more of them at a time than a microbatch holds."""
-    rows = ScoredRows(tokens=rows.tokens, prompt_len=rows.prompt_len, row_mask=rows.row_mask)
+    rows = ScoredRows(rows.tokens, rows.prompt_len, rows.row_mask, rows.expert_ids)
     pieces = parts.plan.pieces_of(rows.tokens.shape[0])
     if pieces == 1:
         return score_rows(parts, params, rows, temperature).logprobs

@@ -28,6 +28,7 @@ class ScoredRows:
     tokens: Int[Array, "*m N T"]
     prompt_len: Int[Array, "*m N"]
     row_mask: Bool[Array, "*m N T"]
+    expert_ids: Int[Array, "*m N T L K"] | None = None
 
 
 @struct
@@ -48,6 +49,7 @@ class Minibatch:
     ref_logprobs: Float[Array, "*m N T"] | None
     reference_mask: Bool[Array, "*m N T"] | None = None  # tokens of references that the reward slot put in
     token_scores: Float[Array, "*m N T"] | None = None  # a token reward model's
+    expert_ids: Int[Array, "*m N T L K"] | None = None  # to be replayed; None: routers choose
 
 
 def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temperature: Float[Array, ""]) -> Scores:
@@ -60,6 +62,7 @@ def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temp
         temperature,
         parts.model,
         parts.rollout.completion_len,
+        batch.expert_ids,
     )
 
 
