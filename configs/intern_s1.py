@@ -16,7 +16,7 @@ ARGS = (*base.ARGS, "offline")
 
 def get_config(arg: str = "") -> Config:
     base.check_arg(arg, ARGS)
-    smoke = arg == "smoke"
+    smoke, offline = arg == "smoke", arg == "offline"
     config = base.get_config("smoke" if smoke else "")
     config.model.update(num_experts=4, experts_per_token=2, mlp_size=64 if smoke else 128)  # theirs: 128, of which 8
     config.router.update(balance_coef=0.0)  # off in their RL configs, and the router is frozen anyway
@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> Config:
     config.objective = call("intern_s1.objective", wrong_ratio="one", kl_cov_ratio=0.2)
     config.aggregation = dict(
         positive=term("token_mean", over="positive", coef=1.0),  # lambda_sft: not published; guess
-        negative=term("token_mean", over="negative", coef=1.0),  # lambda_pg: not published; guess
-        kl_cov=term("token_mean", coef=0.01),  # beta
+        negative=term("token_mean", over="negative", coef=0.0 if offline else 1.0),  # lambda_pg: not published; guess
+        kl_cov=term("token_mean", coef=0.0 if offline else 0.01),  # beta
     )
     config.batch.update(minibatches=4)  # theirs: 8; with one, KL-Cov does nothing
     config.optimizer.update(
@@ -43,10 +43,8 @@ def get_config(arg: str = "") -> Config:
         frozen=("router",),
         skip_above_norm=2.0,  # guess; theirs is 0.3, for 3% of the updates. A small model's norms are 0.5 and more
     )
-    if arg == "offline":  # rejection sampling: a prompt solved at rate p gives something unless all N fail, (1 - p)^N
+    if offline:  # rejection sampling: a prompt solved at rate p gives something unless all N fail, (1 - p)^N
         config.selection = None
-        config.aggregation.negative.coef = 0.0
-        config.aggregation.kl_cov.coef = 0.0
     return config
 
 

@@ -167,12 +167,12 @@ def described(
             raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")
         dense = dataclasses.asdict(policy) | dict(num_experts=0, experts_per_token=0)
         shapes = ModelConfig(**{**dense, **own["model"]})
-        marks = [_one_id(text, tokenizer) for text in (SEPARATOR, ASK)]
+        separator_id, ask_id = (_one_id(text, tokenizer) for text in (SEPARATOR, ASK))
         if name == "preference":
-            judges[name] = Preference(shapes, *marks, tokenizer.pad_id)
+            judges[name] = Preference(shapes, separator_id, ask_id, tokenizer.pad_id)
         else:
             labels = tuple(_one_id(label.encode(), tokenizer) for label in LABELS)
-            judges[name] = Verifier(shapes, *marks, tokenizer.pad_id, labels)
+            judges[name] = Verifier(shapes, separator_id, ask_id, tokenizer.pad_id, labels)
     return judges
 
 
