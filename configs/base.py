@@ -44,7 +44,8 @@ def get_config(arg: str = "") -> Config:
         remat=False,
     )
     config.tokenizer = "embedded"  # or the path of a sentencepiece model
-    config.router = dict(balance_coef=0.001, z_coef=0.0)  # mixture-of-experts models only
+    # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
+    config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
 
     config.data = dict(
@@ -151,6 +152,11 @@ def get_config(arg: str = "") -> Config:
     # dict(learning_rate) of the token reward model that oreal.objective reads
     config.token_reward = config_dict.placeholder(object)
 
+    # {name: dict(model, tasks, num_steps, steps_per_call, batch_size, learning_rate)} of the frozen models that the reward
+    # slot asks: "judge", a generative verifier, and "preference", a reward model, which has a focal_gamma too. They are
+    # trained on the data's tasks before the run, and cached.
+    config.models = config_dict.placeholder(object)
+
     config.optimizer = dict(
         learning_rate=3e-4,
         lr_warmup_updates=5,
@@ -162,6 +168,8 @@ def get_config(arg: str = "") -> Config:
         b2=0.99,
         eps=1e-8,
         grad_clip=1.0,
+        skip_above_norm=0.0,  # updates whose gradient norm, before clipping, is larger are skipped and counted; 0: none
+        frozen=(),  # parameters that do not learn after the warm-up, by patterns of their paths, as ("router",)
         max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
     )
 

@@ -376,11 +376,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     import jax
 
-    from rl_reason import warmup
+    from rl_reason import cache
     from rl_reason.report.console import Display
     from rl_reason.report.files import to_json, write_atomic
 
-    jax.config.update("jax_compilation_cache_dir", str(warmup.cache_root() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     display = Display()
     try:

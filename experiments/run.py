@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         os.environ["JAX_ENABLE_X64"] = "1"
     import jax
 
-    from rl_reason import build, processes, train, warmup
+    from rl_reason import build, cache, processes, train
     from rl_reason.checkpoint import CheckpointError
     from rl_reason.compilation import CompileClock
     from rl_reason.data.stream import ExampleError
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             processes.join()
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
-    jax.config.update("jax_compilation_cache_dir", str(warmup.cache_root() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     clock = CompileClock()
     first = processes.is_first()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import pathlib
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, sharding, slots
+from rl_reason import aggregation, judging, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.example import SPLITS
@@ -33,7 +34,7 @@ from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
-TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
+TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
 LOOPS = ("rl", "supervised", "preference")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
@@ -106,6 +107,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
+    rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.max_rounds > 1:
         raise ValueError(
@@ -126,11 +128,14 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         slots=_slots(config),
         optimizer=adamw(o, schedule),
         schedule=schedule,
+        frozen=_frozen(o["frozen"], model),
+        skip_above_norm=o["skip_above_norm"],
         aggregation=reduced,
         regularisers=config.regularisers.to_dict(),
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
         token_reward=_token_reward(config, model),
+        judges=judging.described(config.models or {}, model, config.data.tasks, tokenizer),
         tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
@@ -143,7 +148,11 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         0.1 * w.learning_rate,
     )
     supervised = dataclasses.replace(
-        parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
+        parts,
+        optimizer=adamw({**o, "weight_decay": w.weight_decay, "frozen": ()}, warm_schedule),
+        schedule=warm_schedule,
+        frozen=(),
+        skip_above_norm=0.0,
     )
     return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others)
 
@@ -329,15 +338,52 @@ def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
 
 
 def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer)."""
+    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer), and what is frozen."""
+    spared = ("norm", *o["frozen"])
 
     def decays(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in sharding.path_name(path), params)
+        is_spared = lambda path: any(re.search(pattern, sharding.path_name(path)) for pattern in spared)
+        return jax.tree_util.tree_map_with_path(lambda path, _: not is_spared(path), params)
 
     return optax.chain(
         optax.clip_by_global_norm(o["grad_clip"]),
         optax.adamw(schedule, b1=o["b1"], b2=o["b2"], eps=o["eps"], weight_decay=o["weight_decay"], mask=decays),
     )
+
+
+def _replays(config: Config, plan: BatchPlan) -> bool:
+    """Whether updates use the experts chosen at rollout.
+
+    Raises:
+        ValueError: nothing to replay, or rows that were not sampled.
+    """
+    if not config.router.replay:
+        return False
+    if not config.model.num_experts:
+        raise ValueError("config.router.replay needs a mixture of experts: set config.model.num_experts.")
+    if plan.demonstrations:
+        raise ValueError("config.router.replay: demonstrations were not sampled; set config.batch.demonstrations=0.")
+    return True
+
+
+def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
+    """The patterns of ``config.optimizer.frozen``; each has to match a parameter, and one has to be left to learn.
+
+    Raises:
+        ValueError: with the parameters there are.
+    """
+    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"config.optimizer.frozen: {pattern!r} matches no parameter"
+                f"{' (a dense model has no router: set model.num_experts)' if pattern == 'router' else ''}; "
+                f"there are {', '.join(names)}."
+            )
+    if all(any(re.search(pattern, name) for pattern in patterns) for name in names):
+        raise ValueError(f"config.optimizer.frozen={tuple(patterns)} leaves no parameter to learn.")
+    return tuple(patterns)
 
 
 def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
@@ -348,15 +394,21 @@ def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
         opt_state=parts.optimizer.init(params),
         key=jax.random.key(seed),
         ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
-        models={}
-        if parts.token_reward is None
-        else {token_reward.NAME: _new_token_reward(parts.token_reward, params, seed)},
+        models=_new_models(parts, params, seed),
         stats=_stats(parts),
     )
 
 
-def _new_token_reward(static: TokenReward, params: PyTree, seed: int) -> dict[str, PyTree]:
-    return static.init(jax.random.fold_in(jax.random.key(seed), TOKEN_REWARD_KEY), params)
+def _new_models(parts: Parts, params: PyTree, seed: int) -> dict[str, PyTree]:
+    """The token reward model, and the judges with random weights, in whose place a run puts trained ones."""
+    key = lambda purpose: jax.random.fold_in(jax.random.key(seed), purpose)
+    models: dict[str, PyTree] = {}
+    if parts.token_reward is not None:
+        models[token_reward.NAME] = parts.token_reward.init(key(TOKEN_REWARD_KEY), params)
+    for index, name in enumerate(sorted(parts.judges)):
+        judge_key = jax.random.fold_in(key(JUDGES_KEY), index)
+        models[name] = {"params": parts.judges[name].init(judge_key)}
+    return models
 
 
 def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from rl_reason import build, processes, sharding, warmup
+from rl_reason import build, cache, processes, sharding, warmup
 from rl_reason.data.example import Source, digest, mix, permuted
 from rl_reason.data.pairs import LoadedPairs, PairData, Preference
 from rl_reason.data.preferences import PairSet, Response, annotate, make_pairs
@@ -110,7 +110,7 @@ def fingerprint(experiment: build.Experiment, split: str) -> str:
     parts: dict[str, typing.Any] = {key: p[key] for key in keys}
     parts |= dict(rollout=config.rollout.to_dict(), seed=config.seed, split=split)
     parts |= {f"model {name}": warmup.fingerprint(author) for name, author in _authors(experiment).items()}
-    return warmup.hashed(parts | {"source": _source(experiment, split).fingerprint}, MADE_BY)
+    return cache.fingerprint(parts | {"source": _source(experiment, split).fingerprint}, MADE_BY)
 
 
 _PREFIX = {"train": "", "heldout": "heldout_"}
@@ -133,7 +133,7 @@ class _Judging:
         self._params: dict[str, PyTree] = {}
 
     def __call__(self, split: str) -> Judged:
-        place = warmup.cache_root() / "responses" / f"{fingerprint(self._experiment, split)}.npz"
+        place = cache.cache_root() / "responses" / f"{fingerprint(self._experiment, split)}.npz"
         found = _read(place)
         if not processes.any_process(found is None):
             assert found is not None

@@ -1,9 +1,10 @@
-"""What several methods share: ratios, clipping, KL estimators, group statistics, verdicts as rewards."""
+"""What several methods share: ratios, clipping, KL estimators and penalties, group statistics, verdicts as rewards."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kernels.entropy_covariance import covariance, select_top_fraction
 from rl_reason.masked import masked_mean, masked_sum
 from rl_reason.types import Rewards
 
@@ -47,6 +48,29 @@ def kl_estimate(
         delta = jnp.clip(delta, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         return jnp.clip(jnp.expm1(-delta) + delta, -10.0, 10.0)  # exp(-d) - 1 would round a small d away
     raise ValueError(f"estimator={estimator!r}: the KL estimators are k1, k2 and k3.")
+
+
+def covariance_penalty(
+    logprobs: Float[Array, "N T"],
+    old_logprobs: Float[Array, "N T"],
+    advantages: Float[Array, "N T"],
+    completion_mask: Bool[Array, "N T"],
+    kl_cov_ratio: float,
+) -> tuple[Float[Array, "N T"], dict[str, Float[Array, ""]]]:
+    """|logprobs - old_logprobs| on the max(1, floor(kl_cov_ratio * valid)) tokens of highest covariance, 0 elsewhere.
+
+    KL-Cov's penalty in nats (arXiv:2505.22617, 4.3, as in its code), and its metrics. Its value and its gradient are 0
+    where the ratio is 1. With constant advantages every covariance is 0 and the first tokens in row order are chosen.
+    """
+    cov = covariance(logprobs, advantages, completion_mask)
+    chosen = select_top_fraction(cov, completion_mask, kl_cov_ratio)
+    delta = logprobs - old_logprobs
+    gap = delta * jnp.sign(delta)  # |delta| with slope 0 at 0, where jnp.abs has slope 1
+    return jnp.where(chosen, gap, 0.0), {
+        "kl_cov/fraction": masked_mean(chosen.astype(cov.dtype), completion_mask),
+        "kl_cov/penalised_gap": masked_mean(gap, chosen),
+        "kl_cov/covariance_mean": masked_mean(cov, completion_mask),
+    }
 
 
 def ppo_metrics(

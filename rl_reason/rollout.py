@@ -37,6 +37,7 @@ class RolloutConfig:
     eos_id: int
     pad_id: int
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # token ids; each ends a completion as EOS does
+    record_experts: bool = False  # of a mixture of experts: which experts each token that is fed was given to
     num_shards: int = 1  # pieces the rows are cut into; each has its own queue
 
 
@@ -59,6 +60,7 @@ class _Written:
     sampled_logprobs: Float[Array, "R N C"]
     length: Int[Array, "R N"]
     truncated: Bool[Array, "R N"]
+    expert_ids: Int[Array, "R N C L K"] | None
 
 
 class _Queue(typing.NamedTuple):
@@ -107,29 +109,31 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
 
 
 def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
-    """Applies all layers to one token a slot, reading and writing the cache in place."""
+    """Applies all layers to one token a slot, reading and writing the cache in place. Gives the experts [M L K] last."""
     valid = jnp.ones(x.shape[:1], bool)
 
     def block(layer_params, x, attend):
         out = transformer.Block(config).apply({"params": layer_params}, x, attend, valid)
-        x, cache, _ = typing.cast(tuple, out)
-        return x, cache
+        x, cache, _, experts = typing.cast(tuple, out)
+        return x, cache, experts
 
     if config.scan_decode:
 
         def body(carry, layer_params):
             x, cache, index = carry
-            x, cache = block(layer_params, x, lambda q, k, v: attend_with(q, k, v, cache, prompt_cache, index))
-            return (x, cache, index + 1), None
+            attend = lambda q, k, v: attend_with(q, k, v, cache, prompt_cache, index)
+            x, new, experts = block(layer_params, x, attend)
+            return (x, new, index + 1), experts
 
-        (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), params["layers"])
-        return x, cache
-    new = []
+        (x, cache, _), experts = jax.lax.scan(body, (x, cache, jnp.int32(0)), params["layers"])
+        return x, cache, None if experts is None else jnp.moveaxis(experts, 0, 1)
+    new, chosen = [], []
     for layer_params, layer_cache, layer_prompt in zip(params["layers"], cache, prompt_cache, strict=True):
         attend = lambda q, k, v, c=layer_cache, p=layer_prompt: attend_with(q, k, v, c, p, None)
-        x, layer_cache = block(layer_params, x, attend)
+        x, layer_cache, experts = block(layer_params, x, attend)
         new.append(layer_cache)
-    return x, new
+        chosen.append(experts)
+    return x, new, jnp.stack(chosen, axis=1) if config.num_experts else None
 
 
 def _refill(slots: _Slots, finished: Bool[Array, "R W"], next_row: Int[Array, " R"], queue: _Queue, group_size: int):
@@ -154,7 +158,7 @@ def _hits_stop(tail: Int[Array, "R W M"], stop_sequences: tuple[tuple[int, ...],
     return hit
 
 
-def _store(written: _Written, slots: _Slots, token, full, sampled, ended, truncated) -> _Written:
+def _store(written: _Written, slots: _Slots, token, full, sampled, ended, truncated, experts) -> _Written:
     """Writes one drawn token a slot at [row, count]; idle slots point past the end and are dropped."""
 
     def put(buffer, value):
@@ -170,6 +174,7 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
+        expert_ids=None if written.expert_ids is None else put(written.expert_ids, experts),
     )
 
 
@@ -211,7 +216,8 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
             return out, (keys, values)
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
-        x, cache = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
+        x, cache, experts = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
+        experts = None if experts is None else experts.reshape(shards, width, *experts.shape[1:])
         logits = transformer.final_norm(params, x, config) @ head
 
         keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)
@@ -222,7 +228,7 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         stopped = (token == rollout.eos_id) | _hits_stop(tail, rollout.stop_sequences)
         limit = jnp.take_along_axis(queue.limit, row, axis=1)
         ended = active & (stopped | (slots.count + 1 >= limit))
-        written = _store(loop.written, slots, token, full, sampled, ended, ended & ~stopped)
+        written = _store(loop.written, slots, token, full, sampled, ended, ended & ~stopped, experts)
         moved = _Slots(slots.row, slots.count + 1, token, tail)
         refilled, next_row = _refill(moved, ended, loop.next_row, queue, rollout.group_size)
         # An idle slot stays at position 0: it must not run past the end of its cache.
@@ -259,12 +265,14 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
         idle, jnp.ones((shards, width), bool), jnp.zeros(shards, jnp.int32), queue, rollout.group_size
     )
     buffer = jnp.zeros((shards, rows, length), dtype)
+    chosen = (shards, rows, length, config.num_layers, config.experts_per_token)
     written = _Written(
         tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
         rollout_logprobs=buffer,
         sampled_logprobs=buffer,
         length=jnp.zeros((shards, rows), jnp.int32),
         truncated=jnp.zeros((shards, rows), bool),
+        expert_ids=jnp.zeros(chosen, jnp.int32) if rollout.record_experts else None,
     )
     slots, written = constrain_rows((slots, written))
     return _Loop(slots, next_row, written, cache, jnp.int32(0))
@@ -295,7 +303,18 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
         prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rollout.group_size),
         truncated=flat.truncated,
         off_policy=jnp.zeros(rows, bool),
+        expert_ids=None if flat.expert_ids is None else _assemble_experts(flat.expert_ids, flat.length, index + 1),
     )
+
+
+def _assemble_experts(
+    recorded: Int[Array, "N C L K"], length: Int[Array, " N"], step: Int[Array, "N T"]
+) -> Int[Array, "N T L K"]:
+    """Experts by column: decode step c fed the token of column prompt_len - 1 + c. -1 elsewhere: the prompt's other tokens,
+    which prefill fed, and the last token drawn, which nothing was drawn from."""
+    fed = (step >= 0) & (step < length[:, None])
+    column = jnp.clip(step, 0, recorded.shape[1] - 1)[..., None, None]
+    return jnp.where(fed[..., None, None], jnp.take_along_axis(recorded, column, axis=1), -1)
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:

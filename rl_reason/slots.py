@@ -20,7 +20,7 @@ _ADVANTAGES = """rewards correct valid keep off_policy sampled_mean sampled_coun
 token_rewards"""
 _OBJECTIVE = """logprobs old_logprobs ref_logprobs rollout_logprobs entropy advantages completion_mask reference_mask
 token_scores rewards correct success_rate off_policy key"""
-_REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs"
+_REWARD = "score valid answers rollout prompts params ref_params models stats key tokenizer score_logprobs judges"
 _PAIR_OBJECTIVE = """chosen_logprobs rejected_logprobs ref_chosen_logprobs ref_rejected_logprobs chosen_len
 rejected_len"""
 _NAMES = {

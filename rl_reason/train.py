@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, evaluate, pair_data, processes, warmup
+from rl_reason import build, cache, evaluate, judges, pair_data, processes, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
@@ -71,13 +71,17 @@ def train(session: Session) -> Summary | None:
             evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
         if saved is None:
             params = _warm_up(session, experiment)
+            trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
             params = build.init_params(experiment)  # only a template: the checkpoint fills it
+            trained = {}  # and the judges
             before = _read_before(session)
         driver = make_driver(session, params if saved is None else None)
         state = driver.initial_state(params)
+        if trained:
+            state = judges.put(state, trained)
         del params
         state = Training(session, driver, checkpoints, evaluator).run(state, saved)
         after = _evaluate(session, evaluator, driver.policy(state), "after")
@@ -89,7 +93,7 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
     """The weights of the policy, or of another model, whose name its phase and its metrics then bear."""
     total = warmup.total_steps(experiment)
     if not name:
-        session.display.info(f"caches in {warmup.cache_root()}")
+        session.display.info(f"caches in {cache.cache_root()}")
     title, metrics_name = (f"warm-up of {name}", f"warmup_{name}") if name else ("warm-up", "warmup")
     with session.display.phase(title, total) as phase, MetricsWriterOrNone(session, metrics_name) as writer:
 
@@ -107,6 +111,23 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
     if not name:
         session.warmup_seconds = warm.seconds
     return warm.params
+
+
+def _make_judges(session: Session) -> dict[str, judges.Trained]:
+    made: dict[str, judges.Trained] = {}
+    for name in sorted(session.experiment.parts.judges):
+        with session.display.phase(name, session.experiment.config.models[name]["num_steps"]) as phase:
+
+            def on_step(step: int, loss: float, name=name, phase=phase) -> None:
+                phase.update(step, {"loss": loss})
+                _stop_if_asked(session, f"at step {step} of the model {name!r}")
+
+            made[name] = judge = judges.make(session.experiment, name, on_step)
+        session.display.info(
+            f"{name}: {judge.accuracy:.1%} of {judges.NUM_HELDOUT} held-out cases judged as the tasks do, "
+            f"{judge.unreadable:.1%} unreadable ({judge.seconds:.0f} s{', cached' if judge.cached else ''})"
+        )
+    return made
 
 
 def _stop_if_asked(session: Session, where: str) -> None:

@@ -66,7 +66,9 @@ class Rollout:
     truncated: Bool[Array, " N"]  # hit its token limit before a stop
     off_policy: Bool[Array, " N"]  # a demonstration, not a sample
     reference_mask: Bool[Array, "N T"] | None = None
-    expert_ids: Int[Array, "L N T E"] | None = None
+    expert_ids: Int[Array, "N T L K"] | None = (
+        None  # experts that each layer chose for each token fed; -1: not recorded
+    )
 
 
 @struct

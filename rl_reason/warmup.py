@@ -1,26 +1,22 @@
 """The supervised warm-up: worked solutions before rewards, cached by the hash of everything that made it."""
 
-import hashlib
-import json
-import os
-import pathlib
-import shutil
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-import rl_reason
-from rl_reason import build, checkpoint, processes
+from rl_reason import build, cache, processes
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import supervised_stream
 from rl_reason.loop import supervised
 
-ROOT = pathlib.Path(rl_reason.__file__).parent
-MADE_BY = ("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py")
+MADE_BY = (
+    *("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py"),
+    "cache.py",
+)
 
 
 class WarmedUp(typing.NamedTuple):
@@ -31,11 +27,6 @@ class WarmedUp(typing.NamedTuple):
     cached: bool
 
 
-def cache_root() -> pathlib.Path:
-    """RL_REASON_CACHE, or ~/.cache/rl_reason: warm-up checkpoints and compiled programs."""
-    return pathlib.Path(os.environ.get("RL_REASON_CACHE", "~/.cache/rl_reason")).expanduser()
-
-
 def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
@@ -44,18 +35,7 @@ def fingerprint(experiment: build.Experiment) -> str:
     parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
     warm = build.warmup_source(config, experiment.tokenizer)
     parts |= dict(source=experiment.train.fingerprint, warm=warm.fingerprint)
-    parts |= dict(jax=jax.__version__, backend=jax.default_backend())
-    return hashed(parts, MADE_BY)
-
-
-def hashed(parts: Mapping[str, typing.Any], made_by: Sequence[str]) -> str:
-    """A name for what these values and these files and folders of code make."""
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name in made_by:
-        files = sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
-        for file in files:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:20]
+    return cache.fingerprint(parts, MADE_BY)
 
 
 def warm_up(experiment: build.Experiment, on_step: Callable[[int, dict[str, float]], None]) -> WarmedUp:
@@ -64,27 +44,9 @@ def warm_up(experiment: build.Experiment, on_step: Callable[[int, dict[str, floa
     params = build.init_params(experiment)
     if not total_steps(experiment):
         return WarmedUp(params, 0.0, False)
-    place = cache_root() / "warmup" / fingerprint(experiment)
-    if place.exists():
-        try:
-            return WarmedUp(checkpoint.restore_tree(place, params), time.perf_counter() - began, True)
-        except (ValueError, OSError, KeyError):
-            if processes.is_first():
-                shutil.rmtree(place, ignore_errors=True)  # a damaged cache entry is made again
-    params = train(experiment, params, on_step)
-    _keep(place, params)
-    return WarmedUp(params, time.perf_counter() - began, False)
-
-
-def _keep(place: pathlib.Path, params: PyTree) -> None:
-    """Puts an entry into the cache by a rename: whole or absent, whoever is killed or makes the same one meanwhile."""
-    unfinished = place.with_name(processes.broadcast_text(f"{place.name}.{os.getpid()}.tmp"))
-    checkpoint.save_tree(unfinished, params)
-    if processes.is_first():
-        try:
-            unfinished.rename(place)
-        except OSError:  # another run was faster
-            shutil.rmtree(unfinished, ignore_errors=True)
+    place = cache.cache_root() / "warmup" / fingerprint(experiment)
+    kept = cache.read_or_make(place, params, lambda: train(experiment, params, on_step))
+    return WarmedUp(kept.tree, time.perf_counter() - began, kept.cached)
 
 
 def total_steps(experiment: build.Experiment) -> int:

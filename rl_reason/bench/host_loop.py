@@ -97,7 +97,7 @@ class HostLoop:
                 return out, (keys, values)
 
             out: typing.Any = transformer.Block(config).apply({"params": layer}, x, attend, jnp.ones(rows, bool))
-            x, kept, _ = out
+            x, kept, *_ = out
             new.append(kept)
         logits = transformer.final_norm(params, x, config) @ transformer.unembedding(params, config)
         keys = jax.vmap(jax.random.fold_in, (0, None))(held.keys, count)

@@ -82,7 +82,7 @@ class Reinforcement:
 def make_stream(experiment: build.Experiment, rows: range):
     """The prompts of each step, with what the slots read of them besides."""
     config, parts = experiment.config, experiment.parts
-    wants_reference = config.verify == "graph" or config.data.references
+    wants_reference = config.verify == "graph" or config.data.references or bool(parts.judges)
     return prompt_stream(
         experiment.train,
         experiment.tokenizer,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import optax
 
 from rl_reason.batch import BatchPlan
+from rl_reason.judging import Judge
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
@@ -23,11 +24,14 @@ class Parts:
     slots: Mapping[str, Slot | None]
     optimizer: optax.GradientTransformation
     schedule: Callable[[typing.Any], typing.Any]  # learning rate by update, for the metrics
+    frozen: tuple[str, ...]  # patterns of parameter paths that do not learn
+    skip_above_norm: float  # updates with a larger gradient are skipped; 0: none
     aggregation: Mapping[str, Mapping[str, typing.Any]]
     regularisers: Mapping[str, Mapping[str, typing.Any] | None]
     router_coefs: Mapping[str, float]
     objective_scope: str  # "minibatch", or "microbatch" for parity with the authors' forks
     token_reward: TokenReward | None  # learns beside the policy, for objectives that weigh tokens
+    judges: Mapping[str, Judge]  # frozen models that the reward slot may ask, by name; parameters in TrainState.models
     tokenizer: typing.Any  # for rewards that read what tokens spell
     log_groups: int  # groups of each step whose rollouts are handed out; -1 is all
 

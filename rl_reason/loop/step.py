@@ -5,12 +5,14 @@ drift apart.
 """
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from rl_reason import judging
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import merge_strided, split_strided
 from rl_reason.loop import token_reward
@@ -83,9 +85,22 @@ def reward_phase(
             models=state.models,
             stats=state.stats,
             key=_step_key(state, REWARD),
+            judges={
+                name: functools.partial(
+                    judging.ask,
+                    judge,
+                    state.models[name]["params"],
+                    rollout,
+                    prompts,
+                    parts.plan.pieces_of(rollout.tokens.shape[0]),
+                )
+                for name, judge in parts.judges.items()
+            },
             **tools,
         )
     )
+    if isinstance(out, tuple):  # the rows are others now: experts recorded for the old ones mean nothing
+        out = (out[0], dataclasses.replace(out[1], expert_ids=None))
     rewards, rollout = out if isinstance(out, tuple) else (out, rollout)
     return dataclasses.replace(rewards, valid=rewards.valid & verdicts.valid), rollout
 
@@ -220,13 +235,15 @@ def _training_rows(
         old_logprobs=None,
         ref_logprobs=None,
         reference_mask=None if rollout.reference_mask is None else rollout.reference_mask & mask,
+        expert_ids=rollout.expert_ids,
     )
     early = any(s is not None and "old_logprobs" in s.wants for s in (parts.slots["advantages"],))
     old = ref = None
     if plan.updates_per_step > 1 or early:
         old = _score_in_pieces(parts, state.params, rows, sampling.temperature)
     if parts.wants("ref_logprobs"):
-        ref = _score_in_pieces(parts, state.ref_params, rows, sampling.temperature)
+        own = dataclasses.replace(rows, expert_ids=None)  # the reference is what it was: its routers choose
+        ref = _score_in_pieces(parts, state.ref_params, own, sampling.temperature)
     if parts.wants("token_scores") and parts.token_reward is not None:
         pieces = plan.pieces_of(rows.tokens.shape[0])
         token_rows = token_reward.Rows(rows.tokens, rows.row_mask, rows.prompt_len)
@@ -271,7 +288,7 @@ def _score_in_pieces(
     parts: Parts, params: PyTree, rows: Minibatch | ScoredRows, temperature: Float[Array, ""]
 ) -> Float[Array, "N T"]:
     """Log-probabilities of all rows, no more of them at a time than a microbatch holds."""
-    rows = ScoredRows(tokens=rows.tokens, prompt_len=rows.prompt_len, row_mask=rows.row_mask)
+    rows = ScoredRows(rows.tokens, rows.prompt_len, rows.row_mask, rows.expert_ids)
     pieces = parts.plan.pieces_of(rows.tokens.shape[0])
     if pieces == 1:
         return score_rows(parts, params, rows, temperature).logprobs

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import typing
 
 import jax
@@ -16,6 +17,7 @@ from rl_reason.loop.parts import Parts
 from rl_reason.masked import masked_mean
 from rl_reason.models import moe
 from rl_reason.models.score import Scores, score
+from rl_reason.sharding import path_name
 from rl_reason.types import Metrics, TrainState, struct
 
 
@@ -26,6 +28,7 @@ class ScoredRows:
     tokens: Int[Array, "*m N T"]
     prompt_len: Int[Array, "*m N"]
     row_mask: Bool[Array, "*m N T"]
+    expert_ids: Int[Array, "*m N T L K"] | None = None
 
 
 @struct
@@ -46,6 +49,7 @@ class Minibatch:
     ref_logprobs: Float[Array, "*m N T"] | None
     reference_mask: Bool[Array, "*m N T"] | None = None  # tokens of references that the reward slot put in
     token_scores: Float[Array, "*m N T"] | None = None  # a token reward model's
+    expert_ids: Int[Array, "*m N T L K"] | None = None  # to be replayed; None: routers choose
 
 
 def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temperature: Float[Array, ""]) -> Scores:
@@ -58,6 +62,7 @@ def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temp
         temperature,
         parts.model,
         parts.rollout.completion_len,
+        batch.expert_ids,
     )
 
 
@@ -200,6 +205,12 @@ def _microbatch_scope(gradient, params, batch, key, pieces):
     return losses.mean(), mean(metrics), jax.tree.map(lambda g: g / pieces, grads)
 
 
+def without_frozen(grads: PyTree, frozen: tuple[str, ...]) -> PyTree:
+    """The gradient with zeros for parameters whose path any of the patterns is found in, as in ``layers/moe/router``."""
+    is_frozen = lambda path: any(re.search(pattern, path_name(path)) for pattern in frozen)
+    return jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_frozen(path) else g, grads)
+
+
 class Applied(typing.NamedTuple):
     """The state after an update, and what it measured."""
 
@@ -208,15 +219,22 @@ class Applied(typing.NamedTuple):
 
 
 def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grads: PyTree) -> Applied:
-    """One optimizer step. A non-finite loss or gradient changes nothing but two counters in ``stats``."""
+    """One optimizer step; parameters that ``parts.frozen`` names get no gradient, nor count in its norm.
+
+    A loss or gradient that is not finite changes nothing but two counters in ``stats``. A norm above
+    ``parts.skip_above_norm`` (0: none) is skipped as well, but ends a row of skipped updates, not being a broken one:
+    a run whose gradients are all too large goes on, with ``actor/skipped_updates`` to show it.
+    """
+    grads = without_frozen(grads, parts.frozen)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    taken = finite & (norm <= parts.skip_above_norm) if parts.skip_above_norm else finite
     # Zeros keep NaN out of the optimizer's arithmetic; the select below discards what it makes of them.
     safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
     updates, opt_state = parts.optimizer.update(safe, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    skipped = (~finite).astype(jnp.int32)
+    choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
+    skipped = (~taken).astype(jnp.int32)
     stats = state.stats | {
         "skipped_updates": state.stats["skipped_updates"] + skipped,
         "skipped_in_a_row": jnp.where(finite, 0, state.stats["skipped_in_a_row"] + 1),

@@ -8,9 +8,7 @@ There is no PPO clip and no dual clip in this objective, again as in the code.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels.entropy_covariance import covariance, select_top_fraction
-from rl_reason.masked import masked_mean
-from rl_reason.policy import ppo_metrics, probability_ratio
+from rl_reason.policy import covariance_penalty, ppo_metrics, probability_ratio
 from rl_reason.types import Metrics
 
 
@@ -27,16 +25,7 @@ def objective(
 
     With constant advantages every covariance is 0 and the first tokens in row order are chosen.
     """
-    cov = covariance(logprobs, advantages, completion_mask)
-    chosen = select_top_fraction(cov, completion_mask, kl_cov_ratio)
-    delta = logprobs - old_logprobs
-    gap = delta * jnp.sign(delta)  # |delta| with slope 0 at 0, where jnp.abs has slope 1
-    losses = -advantages * probability_ratio(logprobs, old_logprobs) + jnp.where(chosen, kl_cov_coef * gap, 0.0)
-
+    penalty, metrics = covariance_penalty(logprobs, old_logprobs, advantages, completion_mask, kl_cov_ratio)
+    losses = -advantages * probability_ratio(logprobs, old_logprobs) + kl_cov_coef * penalty
     unclipped = jnp.zeros_like(completion_mask)
-    metrics = ppo_metrics(logprobs, old_logprobs, unclipped, completion_mask) | {
-        "kl_cov/fraction": masked_mean(chosen.astype(cov.dtype), completion_mask),
-        "kl_cov/penalised_gap": masked_mean(gap, chosen),
-        "kl_cov/covariance_mean": masked_mean(cov, completion_mask),
-    }
-    return losses, metrics
+    return losses, ppo_metrics(logprobs, old_logprobs, unclipped, completion_mask) | metrics

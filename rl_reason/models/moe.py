@@ -5,7 +5,7 @@ import typing
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.grouped_matmul import combine, grouped_matmul, permute, route
 
@@ -34,13 +34,29 @@ def z_loss(router: RouterStatistics) -> Float[Array, ""]:
     return (router.squared_logsumexp / jnp.maximum(router.count, 1)).mean()
 
 
+def replay(
+    logits: Float[Array, "M E"], expert_ids: Int[Array, "M K"], recorded: Int[Array, "M K"]
+) -> tuple[Float[Array, "M K"], Int[Array, "M K"]]:
+    """Weights and ids with recorded experts in place of chosen ones, but for tokens whose record is -1.
+
+    The weights are these logits' own, softmax over all and then renormalised over the K, so that the router's gradient
+    is that of the experts that acted.
+    """
+    ids = jnp.where(recorded >= 0, recorded, expert_ids)
+    weights = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), ids, axis=1)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True), ids
+
+
 class MixtureOfExperts(nn.Module):
-    """sum_k w_k expert_k(x), weights renormalised over the chosen k (Qwen3-MoE's norm_topk_prob)."""
+    """sum_k w_k expert_k(x), weights renormalised over the chosen k (Qwen3-MoE's norm_topk_prob).
+
+    Gives the experts it used besides; ``recorded`` [M K] replaces its own choice.
+    """
 
     config: "ModelConfig"
 
     @nn.compact
-    def __call__(self, x, valid):
+    def __call__(self, x, valid, recorded=None):
         c = self.config
         init = nn.initializers.lecun_normal(batch_axis=0)
 
@@ -55,6 +71,8 @@ class MixtureOfExperts(nn.Module):
         accumulate = jnp.promote_types(c.dtype, jnp.float32)
         logits = x.astype(accumulate) @ router.astype(accumulate)
         weights, expert_ids = route(logits, c.experts_per_token)
+        if recorded is not None:
+            weights, expert_ids = replay(logits, expert_ids, recorded)
         rows, group_sizes, order = permute(x, expert_ids, c.num_experts)
         hidden = nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
         out = combine(grouped_matmul(hidden, down, group_sizes), order, weights)
@@ -67,4 +85,4 @@ class MixtureOfExperts(nn.Module):
             squared_logsumexp=(jax.nn.logsumexp(logits, axis=-1) ** 2 * live[:, 0]).sum(),
             count=live.sum(),
         )
-        return out.astype(x.dtype), statistics
+        return out.astype(x.dtype), statistics, expert_ids

@@ -22,6 +22,20 @@ def token_logits(
 ) -> Float[Array, "N T"]:
     """The head's number at every token, having read up to and including it; in fp32 or wider. 0 where not ``valid``."""
     hidden = transformer.forward(params["backbone"], tokens, valid, config).hidden
+    return jnp.where(valid, logits(params["head"], hidden), 0.0)
+
+
+def logits(head: PyTree, hidden: Float[Array, "*r D"]) -> Float[Array, "*r"]:
+    """The head's number of each hidden state, in fp32 or wider."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = hidden.astype(wide) @ params["head"]["weight"].astype(wide) + params["head"]["bias"].astype(wide)
-    return jnp.where(valid, logits, 0.0)
+    return hidden.astype(wide) @ head["weight"].astype(wide) + head["bias"].astype(wide)
+
+
+def preference_losses(better: Float[Array, " M"], worse: Float[Array, " M"], focal_gamma: float) -> Float[Array, " M"]:
+    """-log sigmoid(better - worse) a pair (Bradley-Terry), in nats; POLAR's loss (arXiv:2507.05197).
+
+    Times (1 - 2 max(sigmoid - 1/2, 0))^focal_gamma, which spares pairs that are already told apart; 0 is without.
+    """
+    delta = better - worse
+    sure = jnp.maximum(jax.nn.sigmoid(delta) - 0.5, 0.0)
+    return jax.nn.softplus(-delta) * (1.0 - 2.0 * sure) ** focal_gamma

@@ -28,12 +28,16 @@ def score(
     temperature: Float[Array, ""],
     config: ModelConfig,
     completion_len: int,
+    expert_ids: Int[Array, "N T L K"] | None = None,
 ) -> Scores:
-    """Teacher-forced scores; the vocabulary head runs on the ``completion_len`` positions after each prompt only."""
+    """Teacher-forced scores; the vocabulary head runs on the ``completion_len`` positions after each prompt only.
+
+    ``expert_ids`` are replayed, see ``transformer.forward``.
+    """
     width = tokens.shape[1]
     end = jnp.max(jnp.where(completion_mask, jnp.arange(width) + 1, prompt_len[:, None]), axis=1)
     valid = jnp.arange(width) < end[:, None]
-    out = transformer.forward(params, tokens, valid, config)
+    out = transformer.forward(params, tokens, valid, config, expert_ids=expert_ids)
     steps = jnp.arange(completion_len)
     predicts = jnp.minimum(prompt_len[:, None] - 1 + steps, width - 1)  # the column whose output scores the next token
     hidden = jnp.take_along_axis(out.hidden, predicts[..., None], axis=1)

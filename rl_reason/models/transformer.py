@@ -106,23 +106,24 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward over tokens [M D], whatever rows they come from.
 
     One flat axis, because a weight's gradient then contracts one: over two, XLA transposes the activations first, and an
-    update on a CPU takes 1.7 times as long. Returns (x, whatever ``attend`` kept, router statistics or None).
+    update on a CPU takes 1.7 times as long. Returns (x, whatever ``attend`` kept, router statistics or None, the experts of
+    each token [M K] or None); ``recorded`` experts replace the router's choice.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, attend: Attend, valid):
+    def __call__(self, x, attend: Attend, valid, recorded=None):
         c = self.config
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
         attended, cache = Attention(c, name="attention")(norm(name="attention_norm")(x), attend)
         x = x + attended
         h = norm(name="mlp_norm")(x)
         if c.num_experts:
-            fed, router = MixtureOfExperts(c, name="moe")(h, valid)
+            fed, router, experts = MixtureOfExperts(c, name="moe")(h, valid, recorded)
         else:
-            fed, router = SwiGLU(c, name="mlp")(h), None
-        return x + fed, cache, router
+            fed, router, experts = SwiGLU(c, name="mlp")(h), None, None
+        return x + fed, cache, router, experts
 
 
 class Hidden(typing.NamedTuple):
@@ -182,8 +183,12 @@ def forward(
     valid: Bool[Array, "N T"],
     config: ModelConfig,
     attend: Attend = causal_attention,
+    expert_ids: Int[Array, "N T L K"] | None = None,
 ) -> Hidden:
-    """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics."""
+    """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics.
+
+    ``expert_ids`` are experts to use in place of the routers' choice, -1 where they choose for themselves.
+    """
     rows, width = tokens.shape
     turn = rotation(jnp.arange(width), config)
 
@@ -192,19 +197,24 @@ def forward(
         context, kept = attend(rotate(q, turn), rotate(k, turn), v)
         return context.reshape(rows * width, *context.shape[2:]), kept
 
-    def apply_block(x, layer_params):
-        out = Block(config).apply({"params": layer_params}, x, attend_rows, valid.reshape(-1))
-        x, cache, router = typing.cast(tuple, out)
+    def apply_block(x, layer_of):
+        layer_params, recorded = layer_of
+        out = Block(config).apply({"params": layer_params}, x, attend_rows, valid.reshape(-1), recorded)
+        x, cache, router, _ = typing.cast(tuple, out)
         return constrain(x, ROWS), (cache, router)
 
+    recorded = (
+        None if expert_ids is None else jnp.moveaxis(expert_ids, 2, 0).reshape(config.num_layers, rows * width, -1)
+    )
+    layers = (params["layers"], recorded)
     x = constrain(embed(params, tokens.reshape(-1), config), ROWS)
     body: Callable = jax.checkpoint(apply_block) if config.remat else apply_block
     if config.scan_layers:
-        x, (cache, router) = jax.lax.scan(body, x, params["layers"])
+        x, (cache, router) = jax.lax.scan(body, x, layers)
     else:
         kept = []
         for index in range(config.num_layers):
-            x, out = body(x, layer(params["layers"], index))
+            x, out = body(x, layer(layers, index))
             kept.append(out)
         cache, router = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
     return Hidden(final_norm(params, x, config).reshape(rows, width, -1), cache, router)

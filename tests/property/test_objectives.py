@@ -24,6 +24,7 @@ MODULES = sorted(m.name for m in pkgutil.iter_modules(rl_reason.methods.__path__
 N, T = 4, 5
 LENGTHS = np.array([5, 3, 2, 0])  # an empty row too
 MASK = np.arange(T) < LENGTHS[:, None]
+FAILED = dict(rewards=jnp.zeros(N))  # a term that imitates what is right reads no advantage: it has nothing to imitate
 
 
 def draw(seed):
@@ -95,7 +96,7 @@ def test_padding_is_invisible(name, seed, filler):
 def test_zero_advantages_give_zero_gradient_on_policy(name):
     run = compiled(name)
     offered = draw(0)
-    _, grads, _ = run(offered | dict(advantages=jnp.zeros((N, T)), old_logprobs=offered["logprobs"]))
+    _, grads, _ = run(offered | FAILED | dict(advantages=jnp.zeros((N, T)), old_logprobs=offered["logprobs"]))
     np.testing.assert_array_equal(grads["logprobs"], 0.0)
 
 
@@ -104,7 +105,7 @@ def test_on_policy_gradient_of_each_token_is_minus_its_advantage_or_nothing(name
     # With ratio 1 no clip and no penalty acts; selection may only switch tokens off.
     run = compiled(name)
     offered = draw(1)
-    _, grads, _ = run(offered | dict(old_logprobs=offered["logprobs"]))
+    _, grads, _ = run(offered | FAILED | dict(old_logprobs=offered["logprobs"]))
     got, want = grads["logprobs"][MASK], -offered["advantages"][MASK]
     assert bool(((got == want) | (got == 0)).all()) and bool((got == want).any())
 

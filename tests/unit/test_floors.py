@@ -11,13 +11,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 FLOORS = [  # ground first; a room (a module or a folder) may import lower floors and itself
     "types masked sharding processes",
     "compilation interrupts checkpoint report tags",
-    "policy voting aggregation batch sampling models tasks splice repetition",
-    "methods data rollout verifier_worker",
+    "policy voting aggregation batch cache sampling models tasks splice repetition",
+    "methods data judging rollout verifier_worker",
     "slots verifier_pool",
     "rewards",
     "loop",
     "build",
-    "evaluate warmup drivers",
+    "evaluate warmup judges drivers",
     "pair_data",
     "train bench",
 ]

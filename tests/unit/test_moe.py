@@ -18,14 +18,14 @@ def test_one_expert_is_a_dense_swiglu():
     dense, moe = tiny_model(), tiny_model(num_experts=1, experts_per_token=1)
     params = jax.tree.map(lambda x: x[0], tiny_params(dense)["layers"]["mlp"])
     experts = {name: params[name]["kernel"][None] for name in ("gate", "up", "down")}
-    out, _ = jax.jit(MixtureOfExperts(moe).apply)({"params": experts | {"router": jnp.zeros((8, 1))}}, X, VALID)
+    out, *_ = jax.jit(MixtureOfExperts(moe).apply)({"params": experts | {"router": jnp.zeros((8, 1))}}, X, VALID)
     np.testing.assert_allclose(out, jax.jit(SwiGLU(dense).apply)({"params": params}, X), atol=1e-5)
 
 
 def test_equals_a_loop_over_experts():
     model = tiny_model(**MOE)
     params = jax.tree.map(lambda x: x[0], tiny_params(model)["layers"]["moe"])
-    out, router = jax.jit(MixtureOfExperts(model).apply)({"params": params}, X, VALID)
+    out, router, _ = jax.jit(MixtureOfExperts(model).apply)({"params": params}, X, VALID)
     tokens, p = np.asarray(X).reshape(-1, 8), jax.tree.map(np.asarray, params)
     want, chosen = np.zeros_like(tokens), np.zeros(4)
     probabilities = np.asarray(jax.nn.softmax(tokens @ p["router"]))
