@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> Config:
     """The embedded default, or with ``arg`` "smoke" something that runs in seconds."""
     check_arg(arg, ARGS)
     config: Config = ml_collections.ConfigDict()
-    config.loop = "rl"  # or "supervised": maximum likelihood on the data's worked solutions
+    config.loop = "rl"  # or "supervised": maximum likelihood on the data's worked solutions; or "cohort"
     config.seed = 0
     config.num_steps = 80
     config.steps_per_call = 4  # K steps in one compiled scan; a chunk should stay under 10 s
@@ -115,6 +115,10 @@ def get_config(arg: str = "") -> Config:
         kl=config_dict.placeholder(object),  # dict(estimator, coef, how, divisor)
         entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
+
+    # Of the loop "cohort": its policies by name, each with a seed from 1 up and what else it has of its own of model,
+    # optimizer, warmup, and of data for its warm-up: tasks, levels, weights and num_examples.
+    config.cohort = dict()
 
     # dict(learning_rate) of the token reward model that oreal.objective reads
     config.token_reward = config_dict.placeholder(object)

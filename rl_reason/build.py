@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, sharding, slots
+from rl_reason import aggregation, members, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import token_reward
+from rl_reason.loop import cohort, token_reward
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.models import transformer
@@ -30,7 +30,7 @@ from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY = 0x70  # keeps its random head apart from everything else drawn from the root
-LOOPS = ("rl", "supervised")
+LOOPS = ("rl", "supervised", "cohort")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
@@ -45,6 +45,7 @@ class Experiment:
     heldout: Source  # what is evaluated: ``config.evaluation.split``
     parts: Parts
     supervised: Parts  # the same model with the warm-up's optimizer
+    policies: Mapping[str, "Experiment"]  # of a cohort, each as if it trained alone; {} elsewhere
 
     @property
     def sampling(self) -> Sampling:
@@ -122,7 +123,11 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     supervised = dataclasses.replace(
         parts, optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule), schedule=warm_schedule
     )
-    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised)
+    policies = {name: build(own, devices) for name, own in members.configs(config).items()}
+    if policies:
+        members.check_vote(config, parts.slots["reward"], len(policies), plan.group_size)
+        cohort.check({name: policy.parts for name, policy in policies.items()})
+    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, policies)
 
 
 def _check_run(config: Config) -> None:

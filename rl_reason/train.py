@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, evaluate, processes, warmup
+from rl_reason import build, processes, subjects, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
+from rl_reason.drivers.cohort import Cohort
 from rl_reason.drivers.reinforcement import Reinforcement
 from rl_reason.drivers.supervised import Supervised
 from rl_reason.interrupts import Interrupts
@@ -22,7 +22,7 @@ from rl_reason.report.html import write_report
 from rl_reason.report.metrics import MetricsWriter
 from rl_reason.report.rollouts import RolloutWriter
 from rl_reason.report.rundir import RunDir
-from rl_reason.report.summary import Answer, Summary, Transcript, summarise
+from rl_reason.report.summary import Summary
 from rl_reason.verifier_pool import VerifierPool
 
 
@@ -64,16 +64,15 @@ def train(session: Session) -> Summary | None:
     checkpoints = Checkpoints(run.checkpoints, keep=experiment.config.checkpoint.keep)
     saved = checkpoints.latest() if run.resumed else None
     with jax.set_mesh(experiment.mesh):
-        evaluator = None
-        if e.num_prompts:
-            sizes = {k: v for k, v in e.items() if k not in ("every", "split")}
-            evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
+        evaluator = subjects.Evaluator(experiment, session.pool) if e.num_prompts else None
+        policies = subjects.policies_of(experiment)
         if saved is None:
-            params = _warm_up(session)
+            params = subjects.joined(experiment, {name: _warm_up(session, name) for name in policies})
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
-            params = build.init_params(experiment)  # only a template: the checkpoint fills it
+            # Only a template: the checkpoint fills it.
+            params = subjects.joined(experiment, {name: build.init_params(own) for name, own in policies.items()})
             before = _read_before(session)
         driver = make_driver(session)
         state = driver.initial_state(params)
@@ -84,10 +83,14 @@ def train(session: Session) -> Summary | None:
     return _finish(session, before, after) if processes.is_first() else None
 
 
-def _warm_up(session: Session) -> PyTree:
-    w = session.experiment.config.warmup
-    session.display.info(f"caches in {warmup.cache_root()}")
-    with session.display.phase("warm-up", w.num_steps) as phase, MetricsWriterOrNone(session, "warmup") as writer:
+def _warm_up(session: Session, name: str) -> PyTree:
+    """The policy of that name at the start of RL."""
+    experiment = subjects.policies_of(session.experiment)[name]
+    w = experiment.config.warmup
+    if not session.warmup_seconds:
+        session.display.info(f"caches in {warmup.cache_root()}")
+    title, file = (f"warm-up, {name}", f"warmup-{name}") if name else ("warm-up", "warmup")
+    with session.display.phase(title, w.num_steps) as phase, MetricsWriterOrNone(session, file) as writer:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             phase.update(step, {"loss": metrics["loss"]})
@@ -95,12 +98,12 @@ def _warm_up(session: Session) -> PyTree:
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
             _stop_if_asked(session, f"at warm-up step {step} of {w.num_steps}")
 
-        warm = warmup.warm_up(session.experiment, on_step)
+        warm = warmup.warm_up(experiment, on_step)
         if warm.cached:
             phase.update(w.num_steps)
     if warm.cached:
         session.display.info(f"warm-up weights read from the cache in {warm.seconds:.1f} s")
-    session.warmup_seconds = warm.seconds
+    session.warmup_seconds += warm.seconds
     return warm.params
 
 
@@ -127,30 +130,30 @@ class MetricsWriterOrNone:
             self.writer.close()
 
 
-def _evaluate(session: Session, evaluator, params: PyTree, when: str) -> list[evaluate.Answered]:
+def _evaluate(session: Session, evaluator, params: PyTree, when: str) -> subjects.Answers:
     if evaluator is None:
-        return []
+        return {}
     with session.display.phase(f"evaluate {when}"):
         answered = evaluator(params, session.experiment.sampling)
     if processes.is_first():
-        record = {"answers": [evaluate.to_record(a) for a in answered], "warmup_seconds": session.warmup_seconds}
+        record = subjects.to_record(answered) | {"warmup_seconds": session.warmup_seconds}
         write_atomic(session.run.path / f"evaluation_{when}.json", to_json(record) + "\n")
     return answered
 
 
-def _read_before(session: Session) -> list[evaluate.Answered]:
+def _read_before(session: Session) -> subjects.Answers:
     if not processes.is_first() or not session.experiment.config.evaluation.num_prompts:
-        return []
+        return {}
     record = json.loads((session.run.path / "evaluation_before.json").read_text())
     session.warmup_seconds = record["warmup_seconds"]
-    return [evaluate.from_record(r, session.experiment.heldout, i) for i, r in enumerate(record["answers"])]
+    return subjects.from_record(record, session.experiment.heldout)
 
 
 class Training:
     """The phase that the config is about: chunks of a loop, their records, and checkpoints that agree with the records."""
 
     def __init__(
-        self, session: Session, driver: Driver, checkpoints: Checkpoints, evaluator: evaluate.Evaluator | None
+        self, session: Session, driver: Driver, checkpoints: Checkpoints, evaluator: subjects.Evaluator | None
     ):
         self.session, self.driver, self.checkpoints, self.evaluator = session, driver, checkpoints, evaluator
         self.experiment = session.experiment
@@ -217,7 +220,7 @@ class Training:
         assert self.evaluator is not None
         answered = self.evaluator(self.driver.policy(state), self.experiment.sampling)
         if self.writer is not None:
-            self.writer.append([{"step": step} | dict(evaluate.metrics(answered))])
+            self.writer.append([{"step": step} | subjects.metrics(answered)])
 
     def _save_or_stop(self, state: PyTree, step: int) -> None:
         config = self.experiment.config
@@ -248,19 +251,15 @@ def make_driver(session: Session) -> Driver:
     """The driver of the loop that ``config.loop`` names."""
     if session.experiment.config.loop == "supervised":
         return Supervised(session.experiment)
+    if session.experiment.config.loop == "cohort":
+        return Cohort(session.experiment)
     return Reinforcement(session.experiment, session.pool)
 
 
-def _finish(session: Session, before: list[evaluate.Answered], after: list[evaluate.Answered]) -> Summary:
+def _finish(session: Session, before: subjects.Answers, after: subjects.Answers) -> Summary:
     """Summary, report and the closing words."""
     seconds = {"wall": session.wall_seconds, "warm-up": session.warmup_seconds, "compile": session.clock.seconds}
-    summary = summarise(
-        evaluate.by_task(before),
-        evaluate.by_task(after),
-        seconds=seconds,
-        transcripts=_transcripts(before, after),
-        majority=evaluate.flips(before, after),
-    )
+    summary = subjects.summary_of(before, after, seconds)
     summary.save(session.run.summary)
     try:
         if session.experiment.config.log.report:
@@ -269,26 +268,3 @@ def _finish(session: Session, before: list[evaluate.Answered], after: list[evalu
         session.display.warn(f"no report: {error!r}. Try `python -m experiments.report --run={session.run.path}`.")
     print_summary(session.display, session.run.name, summary, session.run.written())
     return summary
-
-
-def _transcripts(before: list[evaluate.Answered], after: list[evaluate.Answered]) -> list[Transcript]:
-    """The first sample of three prompts of different tasks where there are as many, before and after."""
-    chosen: dict[str, int] = {}
-    for number, answered in enumerate(before):
-        chosen.setdefault(answered.example.source, number)
-    numbers = (list(chosen.values()) + [n for n in range(len(before)) if n not in chosen.values()])[:3]
-
-    def answer(answered: evaluate.Answered) -> Answer:
-        verdict = answered.correct[0]
-        return Answer(answered.completions[0], None if np.isnan(verdict) else bool(verdict))
-
-    return [
-        Transcript(
-            prompt=before[n].example.prompt,
-            before=answer(before[n]),
-            after=answer(after[n]),
-            task=before[n].example.source,
-            gts=before[n].example.reference or "",
-        )
-        for n in numbers
-    ]

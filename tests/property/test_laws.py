@@ -31,6 +31,7 @@ ROWS, WIDTH = 8, 8
 def keys_of(config):
     """Every key of a config with its children; slots and loss terms are open, their keys are a method's own."""
     open_keys = ("reward", "selection", "advantages", "correction", "objective", "aggregation", "kl", "entropy")
+    open_keys += ("cohort",)  # policies have names
     return {
         key: keys_of(value) if key not in open_keys and hasattr(value, "items") else None
         for key, value in config.items()
