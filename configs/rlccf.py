@@ -8,8 +8,10 @@
 Three specialists, each warmed up on 80% of one task and 10% of either other, answer the same questions. They are trained
 and evaluated on those; verdicts are used for metrics and for the audit at the end alone.
 
-The paper publishes no code, and neither learning rate, batch, K, clip, KL coefficient nor temperature: those here are guesses.
+The paper publishes no code, and neither learning rate, batch, K, clip, KL coefficient nor temperature: all guesses here.
 """
+
+import ml_collections
 
 from configs import base
 from configs.common import Config, call
@@ -24,8 +26,7 @@ def get_config(arg: str = "") -> Config:
     config.loop = "cohort"
     config.reward = call("rlccf.plain_vote" if arg == "plain_vote" else "rlccf.vote")
     config.cohort = specialists(smoke)
-    if arg == "confident":
-        # It never carries, which is wrong for about three sums in four, and is warmed up on little else.
+    if arg == "confident":  # who knows sums best never carries, which is wrong for about three sums in four
         config.cohort.sums.data.tasks = ("rl_reason.tasks.mistaken:ADD", "sub", "dfa")
     config.num_steps = 4 if smoke else 60
     config.warmup.num_steps = 4 if smoke else 250
@@ -48,13 +49,14 @@ def get_config(arg: str = "") -> Config:
     return config
 
 
-def specialists(smoke: bool) -> dict:
+def specialists(smoke: bool) -> Config:
     """Three policies of different sizes, each good at one of base's tasks: add, sub, dfa."""
     sizes = dict(num_layers=1, mlp_size=32) if smoke else dict(num_layers=3, hidden_size=72, head_dim=18, mlp_size=192)
     shallow = dict(num_layers=1) if smoke else dict(num_layers=2)
     of = lambda *weights: dict(weights=weights, num_examples=0)  # always new problems to warm up on
-    return dict(
+    policies = dict(
         sums=dict(seed=1, model=dict(), data=of(0.8, 0.1, 0.1)),
         differences=dict(seed=2, model=sizes, data=of(0.1, 0.8, 0.1)),
         automata=dict(seed=3, model=shallow, data=of(0.1, 0.1, 0.8)),
     )
+    return ml_collections.ConfigDict(policies)
