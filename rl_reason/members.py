@@ -109,6 +109,4 @@ def check_vote(config: Config, reward: Slot | None, policies: int, group_size: i
     answers = jax.ShapeDtypeStruct((1, policies, group_size), jnp.int32)
     out = jax.eval_shape(typing.cast(Callable, reward.fn), answers)
     if not isinstance(out, rlccf.Vote):
-        raise ValueError(
-            f"config.reward.fn={fn!r} gives {type(out).__name__}, not the Vote of rl_reason/methods/rlccf.py. {cure}"
-        )
+        raise ValueError(f"config.reward.fn={fn!r} does not give the Vote of rl_reason/methods/rlccf.py. {cure}")
