@@ -126,6 +126,7 @@ def start(experiment):
     return {name: build.init_params(policy) for name, policy in experiment.policies.items()}
 
 
+@pytest.mark.slow  # five programs to compile
 def test_two_policies_train_and_resume_bitwise(tmp_path):
     """Four steps at once, and two, a checkpoint, a new driver, and two more."""
     experiment = build.build(pair(), one_device())
