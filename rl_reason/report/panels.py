@@ -54,6 +54,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "calibration", "Self-consistency against a right majority", "correlation", ("cohort/calibration",), (0.0, None)
     ),
+    Panel("answered", "Samples with an answer", "fraction", ("*/answered_fraction",), (0.0, 1.0), overview=False),
     Panel("policy_entropy", "Entropy by policy", "nats per token", ("*/actor/entropy",), (0.0, None), overview=False),
     Panel("heldout_over_time", "Held-out accuracy", "fraction correct", ("val-core/*",), (0.0, 1.0)),
     Panel("entropy", "Policy entropy", "nats per token", ("actor/entropy",), (0.0, None)),
@@ -101,7 +102,7 @@ NOT_PARTS = ("timing_s/step", WALL_TIME)  # of a step's time
 # Bookkeeping, or an envelope that would only add ink.
 UNPLOTTED = (
     "step", "training/*", "critic/*/max", "critic/*/min", "response_length/min", TIMES, "perf/time_per_step",
-    "*/training/*", "self_consistency", "majority_accuracy",
+    "*/training/*", "self_consistency", "majority_accuracy", "answered_fraction",
 )  # fmt: skip
 AGREEMENT = "cohort/agreement/"  # <policy>_<policy>; drawn as a matrix
 
@@ -125,11 +126,11 @@ def panels_for(names: Iterable[str]) -> list[Panel]:
 
     A policy's own part of a metric that is there for all policies together gets none.
     """
+    known = set(names := list(names))
     names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in UNPLOTTED)]
     chosen = [panel for panel in PANELS if panel.metrics(names)]
     claimed = {name for panel in chosen for name in panel.metrics(names)}
-    known = set(names)
-    rest = sorted(x for x in known - claimed if x.partition("/")[2] not in known and not x.startswith(AGREEMENT))
+    rest = sorted(x for x in set(names) - claimed if x.partition("/")[2] not in known and not x.startswith(AGREEMENT))
     return chosen + [Panel(f"other_{slug(name)}", name, "", (_literal(name),), overview=False) for name in rest]
 
 

@@ -210,10 +210,16 @@ def columns():
     steps = np.arange(1, 21)
     rising = steps / 20
     names = ("a_b", "c", "d")
-    found = {"step": steps, "critic/score/mean": rising, "actor/ppo_kl": 0 * rising, "cohort/label_accuracy": rising}
+    found = {
+        "step": steps,
+        "critic/score/mean": rising,
+        "actor/ppo_kl": 0 * rising,
+        "critic/rewards/max": rising,
+        "cohort/label_accuracy": rising,
+    }
     for name in names:
         found |= {f"{name}/critic/score/mean": rising, f"{name}/actor/ppo_kl": rising, f"{name}/extra": rising}
-        found |= {f"{name}/self_consistency": rising}
+        found |= {f"{name}/self_consistency": rising, f"{name}/critic/rewards/max": rising}
     for a, b in itertools.combinations(names, 2):
         found[f"cohort/agreement/{a}_{b}"] = rising
     return found | {"self_consistency": rising}
