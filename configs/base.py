@@ -18,7 +18,8 @@ def get_config(arg: str = "") -> Config:
     """The embedded default, or with ``arg`` "smoke" something that runs in seconds, or verl's example."""
     check_arg(arg, ARGS)
     config: Config = ml_collections.ConfigDict()
-    # "rl", "supervised": maximum likelihood on the data's worked solutions, or "preference": learning from pairs
+    # "rl", "supervised": maximum likelihood on the data's worked solutions, "preference": learning from pairs, or "cohort":
+    # several policies that learn from their vote
     config.loop = "rl"
     config.seed = 0
     config.num_steps = 80
@@ -148,6 +149,10 @@ def get_config(arg: str = "") -> Config:
         kl=config_dict.placeholder(object),  # dict(estimator, coef, how, divisor)
         entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
+
+    # Of the loop "cohort": its policies by name, each with a seed from 1 up and what else it has of its own of model,
+    # optimizer, warmup, and of data for its warm-up: tasks, levels, weights and num_examples.
+    config.cohort = dict()
 
     # dict(learning_rate) of the token reward model that oreal.objective reads
     config.token_reward = config_dict.placeholder(object)

@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="a run's directory, or its name below runs/")
     add("--step", type=int, help="the checkpoint's step (default: the newest)")
+    add("--policy", help="of a cohort: which of its policies")
     add("--num_samples", type=int, default=16, help="completions a prompt (default 16)")
     add("--num_prompts", type=int, help=f"prompts (default {DEFAULT_PROMPTS}; of a file: all)")
     add("--tasks", help="tasks to evaluate on instead of the run's data, separated by commas; all their levels")
@@ -104,6 +105,23 @@ def _numbers(value: typing.Any) -> typing.Any:
     if isinstance(value, Mapping):
         return {key: _numbers(item) for key, item in value.items()}
     return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def policy_of(config: Config, name: str | None) -> Config:
+    """The config with the model of the policy that is asked for.
+
+    Raises:
+        ValueError: a cohort without a choice, or a choice that is not there.
+    """
+    policies = config.get("cohort", {})
+    if name is None and policies:
+        raise ValueError(f"the run trained a cohort; say which policy: --policy={' or --policy='.join(policies)}.")
+    if name is not None and name not in policies:
+        there = f"its policies are {', '.join(policies)}" if policies else "it trained one policy: leave --policy out"
+        raise ValueError(f"--policy={name}: the run has none of that name; {there}.")
+    if name is not None:
+        config.model.update(policies[name].get("model", {}))
+    return config
 
 
 def with_args(config: Config, args: argparse.Namespace) -> Config:
@@ -246,7 +264,7 @@ def evaluate_run(args: argparse.Namespace, run: pathlib.Path, display: "Display"
     from rl_reason.sampling import make_sampling
     from rl_reason.verifier_pool import VerifierPool
 
-    config = with_args(config_of(run), args)
+    config = with_args(policy_of(config_of(run), args.policy), args)
     r = config.rollout
     sampling = make_sampling(r.temperature, r.top_k, r.top_p, r.min_p)
     fit_mesh(config, display)
@@ -261,7 +279,7 @@ def evaluate_run(args: argparse.Namespace, run: pathlib.Path, display: "Display"
             f"at temperature 0 the {args.num_samples} samples of a prompt are all the same; use --num_samples=1"
         )
     with jax.set_mesh(setup.mesh), VerifierPool(config.verifier.num_workers, config.verifier.deadline_s) as pool:
-        step, params = evaluate.restore_policy(run / "checkpoints", setup, args.step)
+        step, params = evaluate.restore_policy(run / "checkpoints", setup, args.step, args.policy)
         display.info(
             f"{run}: step {step}, {count} prompts x {args.num_samples} samples at temperature {r.temperature:g}"
         )
@@ -280,7 +298,7 @@ def evaluate_run(args: argparse.Namespace, run: pathlib.Path, display: "Display"
             answered = evaluator(params, sampling, args.seed, phase.update)
     knobs = {name: float(r[name]) for name in ("temperature", "top_k", "top_p", "min_p")}
     seconds = time.perf_counter() - began
-    name = name if args.name is None else args.name
+    name = "-".join(filter(None, (args.policy, name))) if args.name is None else args.name
     return Evaluation(run, step, name, knobs, r.completion_len, args.seed, seconds, verified, answered)
 
 

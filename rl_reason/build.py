@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, judging, sharding, slots
+from rl_reason import aggregation, judging, members, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import pair_parts, token_reward
+from rl_reason.loop import cohort, pair_parts, token_reward
 from rl_reason.loop.pair_parts import PairParts
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
@@ -35,7 +35,7 @@ from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
-LOOPS = ("rl", "supervised", "preference")
+LOOPS = ("rl", "supervised", "preference", "cohort")
 VERIFY = ("graph", "callback", "split", "overlapped")
 
 
@@ -54,6 +54,9 @@ class Experiment:
     others: Mapping[str, "Experiment"] = dataclasses.field(
         default_factory=dict
     )  # models that answer beside the policy
+    policies: Mapping[str, "Experiment"] = dataclasses.field(
+        default_factory=dict
+    )  # of a cohort, each as if it were alone
 
     @property
     def sampling(self) -> Sampling:
@@ -154,7 +157,11 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         frozen=(),
         skip_above_norm=0.0,
     )
-    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others)
+    policies = {name: build(own, devices) for name, own in members.configs(config).items()}
+    if policies:
+        members.check_vote(config, parts.slots["reward"], len(policies), plan.group_size)
+        cohort.check({name: policy.parts for name, policy in policies.items()})
+    return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others, policies)
 
 
 def _check_run(config: Config) -> None:

@@ -172,8 +172,11 @@ class Evaluator:
             )
 
 
-def restore_policy(directory: pathlib.Path, setup: Setup, step: int | None = None) -> tuple[int, PyTree]:
-    """(step, parameters) of a run's checkpoint, the newest by default; nothing else of it is read or touched.
+def restore_policy(
+    directory: pathlib.Path, setup: Setup, step: int | None = None, policy: str | None = None
+) -> tuple[int, PyTree]:
+    """(step, parameters) of a run's checkpoint, the newest by default; nothing else of it is read or touched. Of a cohort,
+    those of the ``policy``.
 
     Safe beside a process that trains: the directory is opened for reading only.
 
@@ -195,13 +198,16 @@ def restore_policy(directory: pathlib.Path, setup: Setup, step: int | None = Non
     shapes = jax.eval_shape(lambda key: transformer.init(key, setup.model), jax.random.key(0))
     placed = sharding.param_shardings(shapes, setup.mesh)
     template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
-    return step, _restore_params(directory.absolute() / f"step_{step}" / "state", template)
+    return step, _restore_params(directory.absolute() / f"step_{step}" / "state", template, policy)
 
 
-def _restore_params(path: pathlib.Path, template: PyTree) -> PyTree:
-    """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths."""
+def _restore_params(path: pathlib.Path, template: PyTree, policy: str | None) -> PyTree:
+    """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths. Of a cohort there
+    is a TrainState by policy.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(template)
-    prefix = (jax.tree_util.SequenceKey(0), jax.tree_util.GetAttrKey("params"))
+    which = () if policy is None else (jax.tree_util.DictKey(policy),)
+    prefix = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
     wanted = {jax.tree_util.keystr((*prefix, *path)): leaf for path, leaf in paths}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found: typing.Any = checkpointer.metadata(path).item_metadata

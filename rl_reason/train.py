@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, cache, evaluate, judges, pair_data, processes, warmup
+from rl_reason import build, cache, judges, pair_data, processes, subjects, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
+from rl_reason.drivers.cohort import Cohort
 from rl_reason.drivers.preference import Preference
 from rl_reason.drivers.reinforcement import Reinforcement
 from rl_reason.drivers.supervised import Supervised
@@ -23,7 +23,7 @@ from rl_reason.report.html import write_report
 from rl_reason.report.metrics import MetricsWriter
 from rl_reason.report.rollouts import RolloutWriter
 from rl_reason.report.rundir import RunDir
-from rl_reason.report.summary import Answer, Summary, Transcript, summarise
+from rl_reason.report.summary import Summary
 from rl_reason.verifier_pool import VerifierPool
 
 
@@ -65,18 +65,17 @@ def train(session: Session) -> Summary | None:
     checkpoints = Checkpoints(run.checkpoints, keep=experiment.config.checkpoint.keep)
     saved = checkpoints.latest() if run.resumed else None
     with jax.set_mesh(experiment.mesh):
-        evaluator = None
-        if e.num_prompts:
-            sizes = {k: v for k, v in e.items() if k != "every"}
-            evaluator = evaluate.Evaluator(experiment, experiment.heldout, session.pool, **sizes)
+        evaluator = subjects.Evaluator(experiment, session.pool) if e.num_prompts else None
+        policies = subjects.policies_of(experiment)
         if saved is None:
-            params = _warm_up(session, experiment)
+            params = subjects.joined(experiment, {n: _warm_up(session, own, n) for n, own in policies.items()})
             trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
-            params = build.init_params(experiment)  # only a template: the checkpoint fills it
-            trained = {}  # and the judges
+            # Only a template, as are the judges: the checkpoint fills both.
+            params = subjects.joined(experiment, {name: build.init_params(own) for name, own in policies.items()})
+            trained = {}
             before = _read_before(session)
         driver = make_driver(session, params if saved is None else None)
         state = driver.initial_state(params)
@@ -90,9 +89,9 @@ def train(session: Session) -> Summary | None:
 
 
 def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> PyTree:
-    """The weights of the policy, or of another model, whose name its phase and its metrics then bear."""
+    """The weights of the policy, or of a model whose name its phase and its metrics then bear."""
     total = warmup.total_steps(experiment)
-    if not name:
+    if not session.warmup_seconds:
         session.display.info(f"caches in {cache.cache_root()}")
     title, metrics_name = (f"warm-up of {name}", f"warmup_{name}") if name else ("warm-up", "warmup")
     with session.display.phase(title, total) as phase, MetricsWriterOrNone(session, metrics_name) as writer:
@@ -108,8 +107,7 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
             phase.update(total)
     if warm.cached:
         session.display.info(f"{title} weights read from the cache in {warm.seconds:.1f} s")
-    if not name:
-        session.warmup_seconds = warm.seconds
+    session.warmup_seconds += warm.seconds
     return warm.params
 
 
@@ -153,30 +151,30 @@ class MetricsWriterOrNone:
             self.writer.close()
 
 
-def _evaluate(session: Session, evaluator, params: PyTree, when: str) -> list[evaluate.Answered]:
+def _evaluate(session: Session, evaluator, params: PyTree, when: str) -> subjects.Answers:
     if evaluator is None:
-        return []
+        return {}
     with session.display.phase(f"evaluate {when}"):
         answered = evaluator(params, session.experiment.sampling)
     if processes.is_first():
-        record = {"answers": [evaluate.to_record(a) for a in answered], "warmup_seconds": session.warmup_seconds}
+        record = subjects.to_record(answered) | {"warmup_seconds": session.warmup_seconds}
         write_atomic(session.run.path / f"evaluation_{when}.json", to_json(record) + "\n")
     return answered
 
 
-def _read_before(session: Session) -> list[evaluate.Answered]:
+def _read_before(session: Session) -> subjects.Answers:
     if not processes.is_first() or not session.experiment.config.evaluation.num_prompts:
-        return []
+        return {}
     record = json.loads((session.run.path / "evaluation_before.json").read_text())
     session.warmup_seconds = record["warmup_seconds"]
-    return [evaluate.from_record(r, session.experiment.heldout, i) for i, r in enumerate(record["answers"])]
+    return subjects.from_record(record, session.experiment.heldout)
 
 
 class Training:
     """The phase that the config is about: chunks of a loop, their records, and checkpoints that agree with the records."""
 
     def __init__(
-        self, session: Session, driver: Driver, checkpoints: Checkpoints, evaluator: evaluate.Evaluator | None
+        self, session: Session, driver: Driver, checkpoints: Checkpoints, evaluator: subjects.Evaluator | None
     ):
         self.session, self.driver, self.checkpoints, self.evaluator = session, driver, checkpoints, evaluator
         self.experiment = session.experiment
@@ -243,7 +241,7 @@ class Training:
         assert self.evaluator is not None
         answered = self.evaluator(self.driver.policy(state), self.experiment.sampling)
         if self.writer is not None:
-            self.writer.append([{"step": step} | dict(evaluate.metrics(answered))])
+            self.writer.append([{"step": step} | subjects.metrics(answered)])
 
     def _save_or_stop(self, state: PyTree, step: int) -> None:
         config = self.experiment.config
@@ -276,6 +274,8 @@ def make_driver(session: Session, params: PyTree | None) -> Driver:
         return Supervised(session.experiment)
     if session.experiment.config.loop == "preference":
         return _preference(session, params)
+    if session.experiment.config.loop == "cohort":
+        return Cohort(session.experiment)
     return Reinforcement(session.experiment, session.pool)
 
 
@@ -301,16 +301,10 @@ def _preference(session: Session, params: PyTree | None) -> Preference:
     return Preference(session.experiment, made.train, made.heldout)
 
 
-def _finish(session: Session, before: list[evaluate.Answered], after: list[evaluate.Answered]) -> Summary:
+def _finish(session: Session, before: subjects.Answers, after: subjects.Answers) -> Summary:
     """Summary, report and the closing words."""
     seconds = {"wall": session.wall_seconds, "warm-up": session.warmup_seconds, "compile": session.clock.seconds}
-    summary = summarise(
-        evaluate.by_task(before),
-        evaluate.by_task(after),
-        seconds=seconds,
-        transcripts=_transcripts(before, after),
-        majority=evaluate.flips(before, after),
-    )
+    summary = subjects.summary_of(before, after, seconds)
     summary.save(session.run.summary)
     try:
         if session.experiment.config.log.report:
@@ -319,26 +313,3 @@ def _finish(session: Session, before: list[evaluate.Answered], after: list[evalu
         session.display.warn(f"no report: {error!r}. Try `python -m experiments.report --run={session.run.path}`.")
     print_summary(session.display, session.run.name, summary, session.run.written())
     return summary
-
-
-def _transcripts(before: list[evaluate.Answered], after: list[evaluate.Answered]) -> list[Transcript]:
-    """The first sample of three prompts of different tasks where there are as many, before and after."""
-    chosen: dict[str, int] = {}
-    for number, answered in enumerate(before):
-        chosen.setdefault(answered.example.source, number)
-    numbers = (list(chosen.values()) + [n for n in range(len(before)) if n not in chosen.values()])[:3]
-
-    def answer(answered: evaluate.Answered) -> Answer:
-        verdict = answered.correct[0]
-        return Answer(answered.completions[0], None if np.isnan(verdict) else bool(verdict))
-
-    return [
-        Transcript(
-            prompt=before[n].example.prompt,
-            before=answer(before[n]),
-            after=answer(after[n]),
-            task=before[n].example.source,
-            gts=before[n].example.reference or "",
-        )
-        for n in numbers
-    ]

@@ -50,7 +50,7 @@ class Driver(typing.Protocol):
         ...
 
     def policy(self, state: PyTree) -> PyTree:
-        """The parameters to evaluate."""
+        """The parameters to evaluate; of a cohort, by policy."""
         ...
 
     def position(self) -> typing.Any:

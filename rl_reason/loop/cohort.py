@@ -15,7 +15,6 @@ M policies, K samples each, B prompts, N = B K rows a policy.
 import dataclasses
 import functools
 import itertools
-import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -24,9 +23,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rl_reason import voting
-from rl_reason.loop.engine import Clock, step_by_step
+from rl_reason.loop.engine import Advanced, Clock, step_by_step
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.step import Sampled, learn_phase, sample_phase
+from rl_reason.loop.step import learn_phase, sample_phase
 from rl_reason.masked import masked_mean
 from rl_reason.methods import rlccf, ttrl
 from rl_reason.models.transformer import ModelConfig
@@ -41,26 +40,30 @@ States = dict[str, TrainState]  # by policy
 HIDDEN = frozenset({"correct", "success_rate"})  # what verdicts make of rows; labels, that is
 
 
-class CohortAdvanced(typing.NamedTuple):
-    """What some steps gave: as ``engine.Advanced``, with states and samples by policy."""
-
-    state: States
-    metrics: dict[str, np.ndarray]  # <policy>/..., cohort/..., and the loop's own names over all policies
-    sampled: dict[str, Sampled]
-    timing: dict[str, float]
-
-
 def parts_of_models(parts: Parts, models: Mapping[str, ModelConfig]) -> dict[str, Parts]:
     """The same training around several models."""
     return {name: dataclasses.replace(parts, model=model) for name, model in models.items()}
 
 
-def _label_accuracy(
+def _label_right(
     label: Int[Array, " B"], answers: Int[Array, "B J"], right: Bool[Array, "B J"], valid: Bool[Array, "B J"]
-) -> Float[Array, ""]:
-    """Share of prompts whose label some row gave and was right; no label is wrong, one without a verdict is left out."""
+) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+    """Whether some row gave a prompt's label and was right, and whether that is known; no label is wrong."""
     judged = voting.agreeing(answers, label) & valid
-    return masked_mean((judged & right).any(1).astype(float), judged.any(1) | (label < 0))
+    return (judged & right).any(1), judged.any(1) | (label < 0)
+
+
+def _label_accuracy(*rows: Array) -> Float[Array, ""]:
+    """Share of prompts whose label is right, of those of which that is known."""
+    right, known = _label_right(*rows)
+    return masked_mean(right.astype(float), known)
+
+
+def _correlation(x: Float[Array, "B M"], y: Float[Array, "B M"], known: Bool[Array, "B M"]) -> Float[Array, ""]:
+    """Pearson's r over what is known; 0 where one of the two does not vary."""
+    dx, dy = (a - masked_mean(a, known) for a in (x, y))
+    spread = masked_mean(dx * dx, known) * masked_mean(dy * dy, known)
+    return jnp.where(spread > 0, masked_mean(dx * dy, known) / jnp.sqrt(jnp.where(spread > 0, spread, 1.0)), 0.0)
 
 
 def vote_metrics(
@@ -72,7 +75,8 @@ def vote_metrics(
 ) -> Metrics:
     """How the vote went, and how it compares with the verdicts; 0 where nothing is valid.
 
-    ``cohort/agreement/a_b`` is the share of pairs of samples, one of each, with one answer.
+    ``cohort/agreement/a_b`` is the share of pairs of samples, one of each, with one answer; ``cohort/calibration`` how
+    self-consistency and the truth of a policy's own majority correlate, over prompts and policies: below 0 weights do harm.
     """
     flat = lambda x: x.reshape(x.shape[0], -1)
     accuracy = lambda label, *rows: _label_accuracy(label, *map(flat, rows))
@@ -84,10 +88,14 @@ def vote_metrics(
         "cohort/consistency": result.rewards.mean(),  # the paper's CC
         "cohort/labelled_fraction": (result.label >= 0).astype(float).mean(),
     }
+    majorities = [_label_right(ttrl.label(x := answers[:, m]), x, right[:, m], valid[:, m]) for m in range(len(names))]
+    own_right, known = (jnp.stack(x, axis=1) for x in zip(*majorities, strict=True))
+    own_right, consistency = own_right.astype(float), voting.self_consistency(answers)
+    metrics["cohort/calibration"] = _correlation(consistency, own_right, known)
     for m, name in enumerate(names):
         own = answers[:, m]
-        metrics[f"{name}/self_consistency"] = voting.self_consistency(own).mean()
-        metrics[f"{name}/majority_accuracy"] = accuracy(ttrl.label(own), own, right[:, m], valid[:, m])
+        metrics[f"{name}/self_consistency"] = consistency[:, m].mean()
+        metrics[f"{name}/majority_accuracy"] = masked_mean(own_right[:, m], known[:, m])
         metrics[f"{name}/answered_fraction"] = (own >= 0).astype(float).mean()
     for a, b in itertools.combinations(range(len(names)), 2):
         agreement = voting.agreement(answers[:, a], answers[:, b]).mean()
@@ -130,7 +138,12 @@ def over_policies(names: Sequence[str], metrics: Mapping[str, np.ndarray]) -> di
     return found
 
 
-def _check(policies: Mapping[str, Parts]) -> None:
+def check(policies: Mapping[str, Parts]) -> None:
+    """Refuses policies that cannot vote together.
+
+    Raises:
+        ValueError: their names, batches that do not fit together, or slots that read verdicts.
+    """
     if not policies or any(not name or "/" in name or name == "cohort" for name in policies):
         raise ValueError(
             f"The cohort's policies are named {sorted(policies)}; give one or more, named without '/' and not 'cohort'."
@@ -170,7 +183,7 @@ class Cohort:
     pending = None
 
     def __init__(self, policies: Mapping[str, Parts], verify: Verify, spell: Spell, vote: Vote):
-        _check(policies)
+        check(policies)
         self._names = names = tuple(policies)
         group_size = policies[names[0]].plan.group_size
 
@@ -193,8 +206,11 @@ class Cohort:
         # Compiled by the first step, and then never again.
         self.programs = (*(f"{word}_{name}" for name in names for word in ("draw", "learn")), "vote")
 
-    def advance(self, states: States, prompts: Prompts, sampling: Sampling) -> CohortAdvanced:
+    def advance(self, states: States, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; ``states`` are consumed.
+
+        States and samples come back by policy; metrics are ``<policy>/...``, ``cohort/...``, and the loop's own names over
+        all policies.
 
         Raises:
             ValueError: states that are not the policies', or not of one step.
@@ -206,7 +222,7 @@ class Cohort:
             )
         step = lambda states, batch, clock: self._step(states, batch, sampling, clock)
         states, (metrics, sampled), timing = step_by_step(step, states, prompts)
-        return CohortAdvanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
+        return Advanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
 
     def _step(self, states: States, batch: Prompts, sampling: Sampling, clock: Clock):
         drawn = {name: self._draw[name](states[name], batch, sampling) for name in self._names}

@@ -16,7 +16,7 @@ from rl_reason import processes
 from rl_reason.batch import split_strided
 from rl_reason.loop.chunk import Round, judge, kept_groups, make_chunk, merge, nothing_yet
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.step import Sampled, learn_phase, sample_phase, train_phase
+from rl_reason.loop.step import learn_phase, sample_phase, train_phase
 from rl_reason.rewards import ScoreRows
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import ROWS
@@ -26,9 +26,9 @@ from rl_reason.types import Prompts, TrainState, Verdicts, Verify
 class Advanced(typing.NamedTuple):
     """What some steps gave: metrics and samples stacked over them, on the host, and seconds a step."""
 
-    state: TrainState
+    state: PyTree  # a TrainState; of a cohort, one a policy
     metrics: dict[str, np.ndarray]
-    sampled: Sampled | None  # None where nothing is sampled
+    sampled: PyTree  # Sampled, of a cohort one a policy; None where nothing is sampled
     timing: dict[str, float]
 
 

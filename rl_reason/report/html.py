@@ -31,6 +31,9 @@ TABLE = (  # rows of the metrics table
     "actor/ppo_kl",
     "actor/pg_clipfrac",
     "actor/grad_norm",
+    "cohort/label_accuracy",
+    "cohort/group_vote_accuracy",
+    "cohort/calibration",
     "clip_cov/fraction",
     "kl_cov/fraction",
     "response_length/mean",
@@ -248,13 +251,17 @@ def _samples(directory: pathlib.Path) -> str:
     parts = []
     for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
         rows = []
-        for record in read_rollouts(directory, step)[:SAMPLES]:
+        records = read_rollouts(directory, step)
+        policies = dict.fromkeys(record.get("policy", "") for record in records)
+        shown = [r for name in policies for r in [r for r in records if r.get("policy", "") == name][:SAMPLES]]
+        for record in shown:
             score = record.get("score")
             cells = [_pre(str(record.get("input", ""))), _pre(str(record.get("output", "")))]
-            rows.append(
-                ("", [*cells, "failed" if score is None else f"{score:.3g}", str(record.get("finish_reason"))])
-            )
-        table = _table(("prompt", "completion", "reward", "ended by"), rows, numbers=2)
+            ending = "failed" if score is None else f"{score:.3g}", str(record.get("finish_reason"))
+            by = [_text(record["policy"])] if "policy" in record else []
+            rows.append(("", [*by, *cells, *ending]))
+        first = ["policy"] if any(policies) else []
+        table = _table((*first, "prompt", "completion", "reward", "ended by"), rows, numbers=2 + len(first))
         parts.append(f"<details><summary>step {step}</summary>{table}</details>")
     return "".join(parts)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -34,6 +35,27 @@ class Panel:
 PANELS: tuple[Panel, ...] = (
     Panel("reward", "Reward", "mean per completion", ("critic/score/mean", "critic/rewards/mean"), (0.0, None)),
     Panel("train_accuracy", "Training accuracy by task", "fraction correct", ("train/accuracy/*",), (0.0, 1.0)),
+    Panel(
+        "cohort",
+        "Votes of the cohort",
+        "fraction",
+        (
+            "cohort/label_accuracy",
+            "cohort/group_vote_accuracy",
+            "cohort/reward_accuracy",
+            "cohort/consistency",
+            "cohort/labelled_fraction",
+        ),
+        (0.0, 1.0),
+    ),
+    Panel("policy_score", "Accuracy by policy", "mean per completion", ("*/critic/score/mean",), (0.0, 1.0)),
+    Panel("policy_majority", "Majority of each policy", "fraction right", ("*/majority_accuracy",), (0.0, 1.0)),
+    Panel("self_consistency", "Self-consistency by policy", "fraction", ("*/self_consistency",), (0.0, 1.0)),
+    Panel(
+        "calibration", "Self-consistency against a right majority", "correlation", ("cohort/calibration",), (0.0, None)
+    ),
+    Panel("answered", "Samples with an answer", "fraction", ("*/answered_fraction",), (0.0, 1.0), overview=False),
+    Panel("policy_entropy", "Entropy by policy", "nats per token", ("*/actor/entropy",), (0.0, None), overview=False),
     Panel("heldout_over_time", "Held-out accuracy", "fraction correct", ("val-core/*",), (0.0, 1.0)),
     Panel("entropy", "Policy entropy", "nats per token", ("actor/entropy",), (0.0, None)),
     Panel("preference_loss", "Preference loss", "nats per pair", ("actor/preference_loss",), (0.0, None)),
@@ -92,7 +114,11 @@ PANELS: tuple[Panel, ...] = (
 TIMES = "timing_s/*"  # drawn stacked
 NOT_PARTS = ("timing_s/step", WALL_TIME)  # of a step's time
 # Bookkeeping, or an envelope that would only add ink.
-UNPLOTTED = ("step", "training/*", "critic/*/max", "critic/*/min", "response_length/min", TIMES, "perf/time_per_step")
+UNPLOTTED = (
+    "step", "training/*", "critic/*/max", "critic/*/min", "response_length/min", TIMES, "perf/time_per_step",
+    "*/training/*", "self_consistency", "majority_accuracy", "answered_fraction",
+)  # fmt: skip
+AGREEMENT = "cohort/agreement/"  # <policy>_<policy>; drawn as a matrix
 
 LABELS = {
     "critic/score/mean": "score",
@@ -103,17 +129,26 @@ LABELS = {
     "heldout_pairs/accuracy": "held out, reward",
     "heldout_pairs/likelihood_accuracy": "held out, likelihood",
     "heldout_pairs/likelihood_accuracy_before": "held out, likelihood before",
+    "cohort/label_accuracy": "label right",
+    "cohort/group_vote_accuracy": "plain vote right",
+    "cohort/reward_accuracy": "reward = verdict",
+    "cohort/consistency": "rewarded",
+    "cohort/labelled_fraction": "labelled",
     "frac_reward_zero_std": "equal rewards in the group",
     "reward/error_fraction": "verifier failed",
 }
 
 
 def panels_for(names: Iterable[str]) -> list[Panel]:
-    """The panels that have something to draw, and one more for each metric that none claims."""
+    """The panels that have something to draw, and one more for each metric that none claims.
+
+    A policy's own part of a metric that is there for all policies together gets none.
+    """
+    known = set(names := list(names))
     names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in UNPLOTTED)]
     chosen = [panel for panel in PANELS if panel.metrics(names)]
     claimed = {name for panel in chosen for name in panel.metrics(names)}
-    rest = sorted(set(names) - claimed)
+    rest = sorted(x for x in set(names) - claimed if x.partition("/")[2] not in known and not x.startswith(AGREEMENT))
     return chosen + [Panel(f"other_{slug(name)}", name, "", (_literal(name),), overview=False) for name in rest]
 
 
@@ -148,6 +183,22 @@ def slug(text: str) -> str:
 def has_values(columns: Columns, name: str) -> bool:
     """Whether a column holds a finite value."""
     return name in columns and bool(np.isfinite(columns[name]).any())
+
+
+def agreements(columns: Columns) -> tuple[list[str], dict[tuple[str, str], tuple[float, float]]]:
+    """The policies of a cohort, and of each two how often they agreed: the mean over the first and the last tenth of the
+    steps."""
+    pairs = [name.removeprefix(AGREEMENT) for name in columns if name.startswith(AGREEMENT)]
+    ending = "/self_consistency"
+    policies = [name.removesuffix(ending) for name in columns if name.endswith(ending)]
+    found = {}
+    for a, b in itertools.permutations(policies, 2):
+        if f"{a}_{b}" in pairs and has_values(columns, f"{AGREEMENT}{a}_{b}"):
+            values = columns[f"{AGREEMENT}{a}_{b}"]
+            values = values[np.isfinite(values)]
+            size = max(1, round(0.1 * len(values)))
+            found[a, b] = float(values[:size].mean()), float(values[-size:].mean())
+    return policies, found
 
 
 def step_times(columns: Columns, max_parts: int = 6) -> dict[str, np.ndarray]:

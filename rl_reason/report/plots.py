@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from rl_reason.report.files import write_atomic
-from rl_reason.report.panels import Columns, Panel, has_values, labels_for, panels_for, step_times
+from rl_reason.report.panels import Columns, Panel, agreements, has_values, labels_for, panels_for, step_times
 from rl_reason.report.summary import OVERALL, Interval, Summary
 
 COLOURS = ("#2f6db3", "#d1632a", "#3a9272", "#a0568f", "#c9a227", "#5aa9c9", "#7a7a7a")  # apart for colour-blind eyes
@@ -95,6 +95,9 @@ def draw_plots(runs: Sequence[RunData], directory: pathlib.Path) -> dict[str, by
         if panel.name == "entropy" and any(_entropy_reward(run.columns) for run in runs):
             drawers["entropy_reward"] = lambda ax: _draw_entropy_reward(ax, runs)
             main.append("entropy_reward")
+    if len(runs) == 1 and agreements(runs[0].columns)[1]:
+        drawers["agreement"] = lambda ax: _draw_agreement(ax, runs[0])
+        main.append("agreement")
     timed = [run for run in runs if has_values(run.columns, "timing_s/step")]
     if timed or (len(runs) == 1 and step_times(runs[0].columns)):
         drawers["time"] = lambda ax: _draw_times(ax, runs)
@@ -245,6 +248,25 @@ def _draw_entropy_reward(ax: Axes, runs: Sequence[RunData]) -> None:
             ax.plot(h, fit.b - fit.a * np.exp(h), label=text if len(runs) == 1 else f"{run.name}: {text}", **line)
     _style(ax, "Reward against entropy", "mean score", "policy entropy H, nats per token", integers=False)
     _legend(ax)
+
+
+def _draw_agreement(ax: Axes, run: RunData) -> None:
+    """How often two policies of a cohort gave one answer to a prompt, at first and in the end, as a matrix."""
+    policies, pairs = agreements(run.columns)
+    size = len(policies)
+    shares = np.full((size, size), np.nan)
+    for (a, b), (first, last) in pairs.items():
+        for i, j in ((policies.index(a), policies.index(b)), (policies.index(b), policies.index(a))):
+            shares[i, j] = last
+            ax.text(j, i, f"{first:.2f} → {last:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if last > 0.55 else INK)  # fmt: skip
+    _style(
+        ax, "Agreement of two policies", "", "share of pairs of samples with one answer, first → last", integers=False
+    )
+    ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    ax.grid(visible=False)
+    ax.set_xticks(range(size), policies)
+    ax.set_yticks(range(size), policies)
 
 
 def _draw_times(ax: Axes, runs: Sequence[RunData]) -> None:

@@ -22,6 +22,7 @@ class RolloutRecord(typing.TypedDict, total=False):
     sample_id: int  # within the group
     finish_reason: str  # "stop" or "length"
     advantage: float
+    policy: str  # of a cohort: who wrote it
     parts: dict[str, float]  # the reward's parts
     token_ids: list[int]  # of the completion
     logprobs: list[float]  # the sampler's, nats, one a token

@@ -13,8 +13,9 @@ MEASURED = {
     "rl": RL,
     "supervised": ("sft/loss", "sft/packing_efficiency", "actor/grad_norm"),
     "preference": ("actor/preference_loss", "rewards/margins", "actor/entropy", "actor/grad_norm", "training/epoch"),
+    "cohort": (*RL, "cohort/label_accuracy", "cohort/consistency", "sums/self_consistency", "automata/actor/kl_loss"),
 }
-SAMPLES = ("rl",)
+SAMPLES = ("rl", "cohort")
 
 
 @pytest.mark.parametrize("name", support.config_names())
@@ -40,7 +41,8 @@ def test_smoke(name, tmp_path):
     assert sorted(records) == ([row["step"] for row in rows] if config["loop"] in SAMPLES else [])
     wanted = {"input", "output", "gts", "score", "step", "group_id", "sample_id", "finish_reason"}
     for step, drawn in records.items():
-        assert len(drawn) == config["log"]["rollout_groups"] * config["batch"]["group_size"]
+        policies = len(config["cohort"]) or 1
+        assert len(drawn) == config["log"]["rollout_groups"] * config["batch"]["group_size"] * policies
         assert all(wanted <= record.keys() and record["step"] == step for record in drawn)
     assert (run / "report.html").stat().st_size > 1000
     assert list((run / "plots").glob("*.png"))

@@ -30,7 +30,7 @@ ROWS, WIDTH = 8, 8
 
 def keys_of(config):
     """Every key of a config with its children; slots and loss terms are open, their keys are a method's own."""
-    open_keys = (*slots.OFFERED, "aggregation", "kl", "entropy", "token_reward", "models")
+    open_keys = (*slots.OFFERED, "aggregation", "kl", "entropy", "token_reward", "models", "cohort")
     return {
         key: keys_of(value) if key not in open_keys and hasattr(value, "items") else None
         for key, value in config.items()

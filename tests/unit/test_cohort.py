@@ -193,6 +193,8 @@ def test_vote_metrics_by_hand():
         "c/majority_accuracy": 1 / 3,  # right in prompt 1 alone
         "b/majority_accuracy": 1 / 3,
         "c/answered_fraction": 2 / 9,
+        # SC 1 2/3 0, 1 2/3 2/3, 0 0 0 against right 1 0 0, 0 1 1, 0 0 0: covariance 1/9, variances 14/81 and 2/9.
+        "cohort/calibration": 3 / 28**0.5,
         "cohort/agreement/a_b": 0.0,
         "cohort/agreement/b_c": 4 / 27,  # 4 of the 9 pairs in prompt 1
     }

@@ -14,11 +14,11 @@ FLOORS = [  # ground first; a room (a module or a folder) may import lower floor
     "policy voting aggregation batch cache sampling models tasks splice repetition",
     "methods data judging rollout verifier_worker",
     "slots verifier_pool",
-    "rewards",
+    "rewards members",
     "loop",
     "build",
     "evaluate warmup judges drivers",
-    "pair_data",
+    "pair_data subjects",
     "train bench",
 ]
 FLOOR = {f"rl_reason.{room}": height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
