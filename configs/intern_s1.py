@@ -4,8 +4,8 @@
     python -m experiments.run --config=intern_s1.py:smoke     # seconds
     python -m experiments.run --config=intern_s1.py:offline   # best of N: only what a verifier passed is learned from
 
-Sums and differences are verified by rules; automata by a generative verifier, and sorting, as the open-ended prompts, by a
-preference model. Both models are trained here first, on answers to the same tasks, and cached.
+Sums and sorting are verified by rules; automata by a generative verifier, and differences, as the open-ended prompts, by
+a preference model. Both models are trained here first, on answers to the same tasks, and cached.
 """
 
 from configs import base
@@ -23,9 +23,9 @@ def get_config(arg: str = "") -> Config:
     config.data.update(tasks=("add", "sub", "dfa", "sort"), levels=((2,), (2,), (1, 2), (2,)))
     config.models = dict(
         judge=dict(tasks=("dfa",), **_trained(smoke)),
-        preference=dict(tasks=("sort",), focal_gamma=0.0, **_trained(smoke)),
+        preference=dict(tasks=("sub",), focal_gamma=0.0, **_trained(smoke)),
     )
-    config.reward = call("mixture_of_rewards.reward", kinds=("rule", "rule", "judge", "preference"))
+    config.reward = call("mixture_of_rewards.reward", kinds=("rule", "preference", "judge", "rule"))
     config.selection = call(
         "group_filter.mixed", low=0.0, high=1.0
     )  # all right or all wrong is dropped; thresholds: guess

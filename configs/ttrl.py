@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> Config:
         config.warmup.num_steps = 300
     config.data.update(train_split="heldout", num_examples=16 if smoke else 200)  # AMC has 83 questions, MATH-500 500
     config.evaluation.update(num_prompts=16 if smoke else 200, num_samples=2 if smoke else 16)  # mean@16
+    config.optimizer.learning_rate = 3e-5  # guess: at 1e-4 and above labels go wrong faster than answers get right
     if arg == "paper":
         _paper(config)
     return config
