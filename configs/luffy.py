@@ -70,7 +70,9 @@ def _data(config: Config, smoke: bool) -> None:
     config.rollout.completion_len = 40
     config.supervised.row_len_tokens = 96 if smoke else 160
     if not smoke:
-        config.num_steps = 320  # demonstrations are learned from slowly; samples first get one right after some 120 steps
+        config.num_steps = (
+            320  # demonstrations are learned from slowly; samples first get one right after some 120 steps
+        )
         config.optimizer.learning_rate = 1e-3
         config.batch.update(prompts_per_step=32, generated_prompts=32)
         config.warmup.num_steps = 75  # a demonstrated token then has a median probability of 0.16, and no sum is right

@@ -37,7 +37,9 @@ def get_config(arg: str = "") -> Config:
         minibatches=1,
     )
     if arg != "no_token_reward":
-        config.token_reward = dict(learning_rate=1e-4)  # guess; theirs is four times the policy's, which learns nothing here
+        config.token_reward = dict(
+            learning_rate=1e-4
+        )  # guess; theirs is four times the policy's, which learns nothing here
         config.optimizer.frozen_updates = 2 if smoke else 10  # the authors freeze the actor for 10 steps
     if arg == "paper":
         _paper(config)

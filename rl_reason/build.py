@@ -74,6 +74,7 @@ class Experiment:
         s, p = self.config.supervised, self.config.preference
         return {
             "rl": self.parts.plan.describe(),
+            "cohort": f"each of {', '.join(self.policies)}: {self.parts.plan.describe()}",
             "supervised": f"{s.rows_per_step} rows of {s.row_len_tokens} tokens a step",
             "preference": f"{p.pairs_per_step} pairs a step in {p.microbatches} microbatches",
         }[self.config.loop]
