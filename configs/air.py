@@ -21,7 +21,7 @@ ARMS = {
     "chosen_score": (False, 1.0, 9.0, 8.0, False),
     "mix": (False, 1.0, 9.0, 1.0, True),
 }
-ARGS = (*base.ARGS, *(arm for arm in ARMS if arm))
+ARGS = ("", "smoke", *(arm for arm in ARMS if arm))
 
 
 def get_config(arg: str = "") -> Config:

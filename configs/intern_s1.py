@@ -11,7 +11,7 @@ a preference model. Both models are trained here first, on answers to the same t
 from configs import base
 from configs.common import Config, call, term
 
-ARGS = (*base.ARGS, "offline")
+ARGS = ("", "smoke", "offline")
 
 
 def get_config(arg: str = "") -> Config:

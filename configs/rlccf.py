@@ -16,7 +16,7 @@ import ml_collections
 from configs import base
 from configs.common import Config, call
 
-ARGS = (*base.ARGS, "plain_vote", "confident")
+ARGS = ("", "smoke", "plain_vote", "confident")
 
 
 def get_config(arg: str = "") -> Config:
