@@ -1,5 +1,6 @@
-"""What ``train`` asks of a loop."""
+"""What ``train`` asks of a loop, and what is the same for most of them."""
 
+import abc
 import typing
 from collections.abc import Iterator
 
@@ -8,55 +9,60 @@ from jaxtyping import PyTree
 from rl_reason.loop.engine import Advanced
 
 
-class Driver(typing.Protocol):
+class Stream(typing.Protocol):
+    """Endless batches that know where they stand."""
+
+    def __next__(self) -> typing.Any: ...
+    def get_state(self) -> typing.Any: ...
+    def set_state(self, state: typing.Any) -> None: ...
+
+
+class Driver(abc.ABC):
     """One kind of loop: it makes the state, advances it by chunks of steps, and says what those were like.
 
-    ``state`` is the loop's own: a ``TrainState``, or several. All processes call every method together.
+    ``state`` is the loop's own, a ``TrainState`` or several; what is not abstract here is right for one. All processes call
+    every method together.
     """
 
     phase: str  # what the progress bar calls it
     programs: tuple[str, ...]  # compiled by the first step, and then never again
+    pending: PyTree = None  # what else a checkpoint has to hold, such as a rollout in flight
+    _stream: Stream
 
-    @property
-    def pending(self) -> PyTree:
-        """What else a checkpoint has to hold, such as a rollout in flight."""
-        ...
-
-    @pending.setter
-    def pending(self, value: PyTree) -> None: ...
-
+    @abc.abstractmethod
     def initial_state(self, params: PyTree) -> PyTree:
         """A sharded state at step 0; ``params`` is copied."""
-        ...
+
+    @abc.abstractmethod
+    def advance(self, state: PyTree) -> Advanced:
+        """``steps_per_call`` steps; ``state`` is consumed."""
 
     def prime(self, state: PyTree) -> None:
         """Makes ``pending`` from the next batch: before step 0, or for its shapes, before a checkpoint fills it."""
-        ...
-
-    def advance(self, state: PyTree) -> Advanced:
-        """``steps_per_call`` steps; ``state`` is consumed."""
-        ...
+        del state
 
     def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
         """Samples of the ``step``-th of these steps, as rows of ``rollouts/``; none where nothing is sampled."""
-        ...
+        del out, step
+        return iter(())
 
     def complaint(self, row: dict[str, float]) -> str | None:
         """What to warn of after a chunk that ended with these metrics."""
-        ...
+        del row
+        return None
 
     def skipped_in_a_row(self, state: PyTree) -> int:
         """Updates in a row without a finite gradient."""
-        ...
+        return int(state.stats["skipped_in_a_row"])
 
     def policy(self, state: PyTree) -> PyTree:
         """The parameters to evaluate; of a cohort, by policy."""
-        ...
+        return state.params
 
     def position(self) -> typing.Any:
         """Where the data is, as JSON."""
-        ...
+        return self._stream.get_state()
 
     def seek(self, position: typing.Any) -> None:
         """Goes to where ``position`` said."""
-        ...
+        self._stream.set_state(position)

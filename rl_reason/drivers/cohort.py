@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import build, processes, rewards
+from rl_reason.drivers.base import Driver
 from rl_reason.drivers.reinforcement import make_stream, rollout_records
 from rl_reason.loop import cohort
 from rl_reason.loop.engine import Advanced
@@ -15,14 +16,13 @@ from rl_reason.tasks.answer_ids import make_answer_ids
 from rl_reason.types import Prompts
 
 
-class Cohort:
-    """Chunks of steps of several policies that vote on each other's answers; implements ``Driver``.
+class Cohort(Driver):
+    """Chunks of steps of several policies that vote on each other's answers.
 
     The state is a ``TrainState`` by policy.
     """
 
     phase: str = "cohort"
-    pending: PyTree = None
 
     def __init__(self, experiment: build.Experiment):
         self._experiment = experiment
@@ -46,9 +46,6 @@ class Cohort:
         policies = self._experiment.policies
         return {name: build.init_state(policy, policy.parts, params[name]) for name, policy in policies.items()}
 
-    def prime(self, state: cohort.States) -> None:
-        del state
-
     def advance(self, state: cohort.States) -> Advanced:
         drawn = [next(self._stream) for _ in range(self._experiment.config.steps_per_call)]
         stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
@@ -62,17 +59,8 @@ class Cohort:
             for record in rollout_records(self._experiment, jax.tree.map(lambda x: x[step], sampled)):
                 yield record | {"policy": name, "sample_id": number * group_size + record["sample_id"]}
 
-    def complaint(self, row: dict[str, float]) -> str | None:
-        return None
-
     def skipped_in_a_row(self, state: cohort.States) -> int:
         return max(int(own.stats["skipped_in_a_row"]) for own in state.values())
 
     def policy(self, state: cohort.States) -> dict[str, PyTree]:
         return {name: own.params for name, own in state.items()}
-
-    def position(self) -> typing.Any:
-        return self._stream.get_state()
-
-    def seek(self, position: typing.Any) -> None:
-        self._stream.set_state(position)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import time
-import typing
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +11,15 @@ from jaxtyping import PyTree
 
 from rl_reason import build, processes
 from rl_reason.data.pairs import PairBatch, PairData, pairs_stream
+from rl_reason.drivers.base import Driver
 from rl_reason.loop import preference
 from rl_reason.loop.engine import Advanced
 from rl_reason.loop.preference import Pairs
 from rl_reason.types import TrainState
 
 
-class Preference:
-    """Chunks of updates on pairs; implements ``Driver``.
+class Preference(Driver):
+    """Chunks of updates on pairs.
 
     ``pending`` holds the initial policy's log-probabilities of held-out pairs, and of all pairs where they are
     precomputed: on resume there is no initial policy to make them of.
@@ -69,9 +68,6 @@ class Preference:
         copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=placed)
         return dataclasses.replace(state, ref_params=copy(params))
 
-    def prime(self, state: TrainState) -> None:
-        del state
-
     def advance(self, state: TrainState) -> Advanced:
         steps = self._experiment.config.steps_per_call
         drawn = [next(self._stream) for _ in range(steps)]
@@ -85,24 +81,6 @@ class Preference:
         if self._heldout is not None and every and int(state.step) % every == 0:
             metrics |= {name: np.array([np.nan] * (steps - 1) + [x]) for name, x in self._accuracies(state).items()}
         return Advanced(state, metrics, None, timing)
-
-    def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
-        return iter(())
-
-    def complaint(self, row: dict[str, float]) -> str | None:
-        return None
-
-    def skipped_in_a_row(self, state: TrainState) -> int:
-        return int(state.stats["skipped_in_a_row"])
-
-    def policy(self, state: TrainState) -> PyTree:
-        return state.params
-
-    def position(self) -> typing.Any:
-        return self._stream.get_state()
-
-    def seek(self, position: typing.Any) -> None:
-        self._stream.set_state(position)
 
     def _new_stream(self):
         return pairs_stream(

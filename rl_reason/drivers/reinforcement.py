@@ -9,14 +9,15 @@ from jaxtyping import PyTree
 
 from rl_reason import build, processes, rewards
 from rl_reason.data.stream import prompt_stream
+from rl_reason.drivers.base import Driver
 from rl_reason.loop.engine import Advanced, Engine, Fused, Split
 from rl_reason.loop.step import Sampled
 from rl_reason.types import Prompts, TrainState
 from rl_reason.verifier_pool import VerifierPool
 
 
-class Reinforcement:
-    """Chunks of RL steps on the config's prompts; implements ``Driver``."""
+class Reinforcement(Driver):
+    """Chunks of RL steps on the config's prompts."""
 
     phase: str = "rl"
 
@@ -65,18 +66,6 @@ class Reinforcement:
         if row["reward/error_fraction"] > 0 and self._verifier.last_error:
             return f"a verifier failed: {self._verifier.last_error}"
         return None
-
-    def skipped_in_a_row(self, state: TrainState) -> int:
-        return int(state.stats["skipped_in_a_row"])
-
-    def policy(self, state: TrainState) -> PyTree:
-        return state.params
-
-    def position(self) -> typing.Any:
-        return self._stream.get_state()
-
-    def seek(self, position: typing.Any) -> None:
-        self._stream.set_state(position)
 
 
 def make_stream(experiment: build.Experiment, rows: range):

@@ -1,8 +1,6 @@
 """Driving maximum likelihood as the whole of a run: worked solutions packed into rows."""
 
 import time
-import typing
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,17 +8,17 @@ from jaxtyping import PyTree
 
 from rl_reason import build, processes
 from rl_reason.data.packing import packed_stream
+from rl_reason.drivers.base import Driver
 from rl_reason.loop import supervised
 from rl_reason.loop.engine import Advanced
 from rl_reason.types import TrainState
 
 
-class Supervised:
-    """Chunks of supervised steps on the config's worked solutions; implements ``Driver``."""
+class Supervised(Driver):
+    """Chunks of supervised steps on the config's worked solutions."""
 
     phase: str = "sft"
     programs: tuple[str, ...] = ("supervised_chunk",)
-    pending: PyTree = None
 
     def __init__(self, experiment: build.Experiment):
         self._experiment = experiment
@@ -40,9 +38,6 @@ class Supervised:
     def initial_state(self, params: PyTree) -> TrainState:
         return build.init_state(self._experiment, self._experiment.parts, params)
 
-    def prime(self, state: TrainState) -> None:
-        del state
-
     def advance(self, state: TrainState) -> Advanced:
         steps = self._experiment.config.steps_per_call
         drawn = [next(self._stream) for _ in range(steps)]
@@ -52,21 +47,3 @@ class Supervised:
         state, metrics = self._chunk(state, packed)
         metrics = processes.to_host(metrics)
         return Advanced(state, metrics, None, {"step": (time.perf_counter() - began) / steps})
-
-    def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
-        return iter(())
-
-    def complaint(self, row: dict[str, float]) -> str | None:
-        return None
-
-    def skipped_in_a_row(self, state: TrainState) -> int:
-        return int(state.stats["skipped_in_a_row"])
-
-    def policy(self, state: TrainState) -> PyTree:
-        return state.params
-
-    def position(self) -> typing.Any:
-        return self._stream.get_state()
-
-    def seek(self, position: typing.Any) -> None:
-        self._stream.set_state(position)
