@@ -1,14 +1,16 @@
 """Tiny models, prompts and parts for tests: everything a loop needs, in shapes that compile in a second or two."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import config_files
 from rl_reason import build, slots
@@ -37,6 +39,34 @@ def configs_whose_objective(*, asks: Sequence[str] = (), does_not_ask: Sequence[
         name: slots.resolve("objective", load_config(name).objective.to_dict()).wants for name in config_names("rl")
     }
     return [name for name, names in wants.items() if names.issuperset(asks) and names.isdisjoint(does_not_ask)]
+
+
+def one_of_each(names: Sequence[str], kind: Callable[[str], typing.Hashable]) -> list:
+    """All names as parameters, those marked slow whose kind an earlier one has: every kind is tested always, all on
+    request."""
+    seen: set[typing.Hashable] = set()
+    marked = []
+    for name in names:
+        known = kind(name) in seen
+        seen.add(kind(name))
+        marked.append(pytest.param(name, marks=[pytest.mark.slow] if known else []))
+    return marked
+
+
+@functools.cache
+def way_through_the_loop(name: str) -> typing.Hashable:
+    """What a config makes the loop do: which arrays its slots ask for, and what it keeps beside the policy."""
+    parts = build.build(load_config(name), one_device()).parts
+    asks = tuple((slot, tuple(sorted(filled.wants))) for slot, filled in parts.slots.items() if filled is not None)
+    terms = tuple(sorted(parts.aggregation)), tuple(sorted(k for k, v in parts.regularisers.items() if v))
+    return asks, terms, parts.plan.demonstrations, parts.token_reward is None, tuple(parts.judges)
+
+
+def way_of_losing(name: str) -> typing.Hashable:
+    """A config's objective, and how its terms are reduced."""
+    config = load_config(name)
+    terms = tuple((term, spec["how"], spec["over"]) for term, spec in config.aggregation.to_dict().items())
+    return config.objective.fn, terms
 
 
 def load_config(name: str, arg: str = "smoke"):

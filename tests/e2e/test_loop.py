@@ -64,14 +64,17 @@ def assert_same_training(out, expected):
     assert np.any(expected.metrics["actor/grad_norm"] > 1e-4)
 
 
-def others_slow(config: str, composition: str) -> typing.Any:
-    """Every config splits; asking from inside the program is the same program around another objective."""
-    slow = composition == "callback" and config != "clipcov"
-    return pytest.param(config, composition, marks=[pytest.mark.slow] if slow else [])
+CONFIGS = support.one_of_each(support.config_names("rl"), support.way_through_the_loop)
+
+
+def composed(config: typing.Any, composition: str) -> typing.Any:
+    """Asking from inside the program is the same program around another objective."""
+    slow = [pytest.mark.slow] if composition == "callback" and config.values[0] != "clipcov" else []
+    return pytest.param(*config.values, composition, marks=[*config.marks, *slow])
 
 
 @pytest.mark.parametrize(
-    "config, composition", [others_slow(c, how) for c in support.config_names("rl") for how in ("split", "callback")]
+    "config, composition", [composed(config, how) for config in CONFIGS for how in ("split", "callback")]
 )
 def test_compositions_train_the_same(config, composition):
     """Verdicts in graph, by callback from inside the program, and between two programs."""
@@ -89,7 +92,7 @@ def test_compositions_train_the_same(config, composition):
     assert len(asked) == STEPS * parts.plan.prompts_per_step * parts.plan.group_size
 
 
-@pytest.mark.parametrize("config", support.config_names("rl"))
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     """Bit for bit: parameters, optimizer, statistics, metrics and tokens of the steps after a checkpoint."""
     parts, engine = parts_of(config), engine_of(config)

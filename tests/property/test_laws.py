@@ -20,11 +20,14 @@ from tests.support import (
     configs_whose_objective,
     load_config,
     one_device,
+    one_of_each,
     tiny_params,
     tiny_parts,
+    way_of_losing,
 )
 
 CONFIGS, RL_CONFIGS = config_names(), config_names("rl")
+LOSSES = one_of_each(RL_CONFIGS, way_of_losing)
 ROWS, WIDTH = 8, 8
 
 
@@ -159,8 +162,17 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * norm)
 
 
-@pytest.mark.parametrize("experts", [pytest.param({}, id="dense"), pytest.param(MOE, id="moe")])
-@pytest.mark.parametrize("name", RL_CONFIGS)
+@pytest.mark.parametrize(
+    "name, experts",
+    [
+        pytest.param(*name.values, experts, id=f"{name.values[0]}-{kind}", marks=[*name.marks, *marks])
+        for name in LOSSES
+        for kind, experts, marks in (
+            ("dense", {}, []),
+            ("moe", MOE, [] if name.values[0] == "clipcov" else [pytest.mark.slow]),  # the router is no objective's
+        )
+    ],
+)
 def test_microbatches_are_invisible_in_float64(name, experts, x64):
     # Denominators, covariances, selections and router balance are the minibatch's: 1 x 8 rows equals 4 x 2.
     model = FLOAT64 | experts
@@ -217,7 +229,9 @@ def test_token_means_by_hand():
     assert loss("microbatch") == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", configs_whose_objective(does_not_ask=["key"]))  # a key draws by position
+@pytest.mark.parametrize(
+    "name", one_of_each(configs_whose_objective(does_not_ask=["key"]), way_of_losing)
+)  # a key draws by position
 def test_what_lies_after_a_completion_is_invisible(name, x64):
     # Other padding, and five more columns of it: the same loss and gradient. Row 3 has no token at all.
     parts = parts_for(name, FLOAT64, 0)
