@@ -1,5 +1,6 @@
 """Laws of the papers' own configs, found in configs/: each builds, and one step of it traces, without an array in memory."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -12,8 +13,9 @@ from configs.models import MODELS
 from rl_reason import build
 from rl_reason.data.packing import packed_stream
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import supervised
+from rl_reason.loop import preference, supervised
 from rl_reason.loop.chunk import make_step
+from rl_reason.loop.preference import Pairs
 from rl_reason.models import transformer
 from rl_reason.types import Prompts, Verdicts
 from tests.property.test_laws import keys_of
@@ -176,3 +178,25 @@ def test_a_vocabulary_is_the_tokenizers_or_more():
     config.model.vocab_size = tokenizer.vocab_size - 1
     with pytest.raises(ValueError, match=f"config.model.vocab_size={tokenizer.vocab_size - 1} is less than the"):
         build.model_config(config, tokenizer)
+
+
+def test_air_traces(tmp_path):
+    """The only one that learns from pairs: one update of its batch, by shapes."""
+    config = load_config("air", "paper")
+    with pytest.raises(ValueError, match="no file there"):
+        build.build(config, one_device())
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")
+    config.tokenizer, config.preference.files = "embedded", (str(file),)
+    experiment = build.build(config, one_device())
+    assert experiment.pairs is not None
+    rows, width = config.preference.pairs_per_step, 512 + 1536
+    tokens, length = jnp.zeros((1, 1, width), jnp.int32), jnp.ones((1, 1), jnp.int32)
+    one = Pairs(tokens, tokens, length, tokens > 0, tokens > 0)
+    pairs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[2:]), x.dtype), one)
+    params = jax.eval_shape(lambda key: transformer.init(key, experiment.parts.model), jax.random.key(0))
+    start = lambda params: dataclasses.replace(build.new_state(experiment.parts, params, 0), ref_params=params)
+    state = jax.eval_shape(start, params)
+    chunk = preference.make_counted_chunk(experiment.parts, experiment.pairs.setting, 14_000)
+    after, metrics = jax.eval_shape(chunk, state, pairs)
+    assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["rewards/margins"].shape == (1,)
