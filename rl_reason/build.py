@@ -14,12 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, judging, members, sharding, slots
+from rl_reason import aggregation, checks, judging, members, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
-from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source, make_source
-from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import cohort, pair_parts, token_reward
 from rl_reason.loop.pair_parts import PairParts
@@ -29,14 +27,11 @@ from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling, make_sampling
-from rl_reason.tasks.answer_ids import RULES
 from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
 TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
-LOOPS = ("rl", "supervised", "preference", "cohort")
-VERIFY = ("graph", "callback", "split", "overlapped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +85,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     Raises:
         ValueError: whatever is wrong with it, naming the key and the cure.
     """
-    _check_run(config)
+    checks.run(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = load_tokenizer(config)
     pairs, others = None, {}
@@ -106,8 +101,9 @@ def build(config: Config, devices: list | None = None) -> Experiment:
             make_verifier(train.names, tokenizer)  # refuses tasks without one, by name
         else:
             raise ValueError("config.verify='graph' needs tasks; use 'callback', 'split' or 'overlapped' with files.")
-    _check_examples(config, train)
-    _check_lengths(config, tokenizer, train, heldout)
+    checks.examples(config, train)
+    warm = [] if config.data.files else [warmup_source(config, tokenizer)]
+    checks.lengths(config, tokenizer, [train, heldout, *warm])
     model = model_config(config, tokenizer)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
@@ -120,7 +116,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     if config.rollout.temperature <= 0:
         raise ValueError("config.rollout.temperature must be above 0 for training: a greedy policy has no gradient.")
     make_sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
-    _check_regularisers(config.regularisers.to_dict())
+    checks.regularisers(config.regularisers.to_dict())
     reduced = config.aggregation.to_dict()
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
@@ -165,66 +161,6 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others, policies)
 
 
-def _check_run(config: Config) -> None:
-    if config.loop not in LOOPS:
-        raise ValueError(f"config.loop={config.loop!r}; there are {', '.join(LOOPS)}.")
-    if config.verify not in VERIFY:
-        raise ValueError(f"config.verify={config.verify!r}; there are {', '.join(VERIFY)}.")
-    if config.answer_rule not in RULES:
-        raise ValueError(f"config.answer_rule={config.answer_rule!r}; there are {', '.join(RULES)}.")
-    if config.data.train_split not in SPLITS:
-        raise ValueError(f"config.data.train_split={config.data.train_split!r}; there are {', '.join(SPLITS)}.")
-    if config.objective_scope not in ("minibatch", "microbatch"):
-        raise ValueError(f"config.objective_scope={config.objective_scope!r}; there are minibatch, microbatch.")
-    per_call = config.steps_per_call
-    for key in ("num_steps", "checkpoint.every", "evaluation.every"):
-        value = config[key] if "." not in key else config[key.split(".")[0]][key.split(".")[1]]
-        if per_call < 1 or value < 0 or value % per_call:
-            raise ValueError(
-                f"config.{key}={value} is no multiple of config.steps_per_call={per_call}: the compiled loop runs "
-                f"{per_call} steps at a time. Nearest: {value // max(per_call, 1) * per_call} or "
-                f"{(value // max(per_call, 1) + 1) * per_call}."
-            )
-    for key in ("num_steps", "imitation_steps"):
-        if config.warmup[key] % max(config.warmup.steps_per_call, 1):
-            raise ValueError(
-                f"config.warmup.{key}={config.warmup[key]} is no multiple of "
-                f"warmup.steps_per_call={config.warmup.steps_per_call}."
-            )
-
-
-def _check_examples(config: Config, source: Source) -> None:
-    """What methods read of prompts has to be there, before anything compiles."""
-    example = source.example(0)
-    if config.data.references and example.reference is None:
-        raise ValueError(
-            f"{config.reward.fn} reads reference answers, and the data has none; set config.data.answer_key to their column."
-        )
-    if config.batch.demonstrations and example.demonstration is None:
-        raise ValueError(
-            f"config.batch.demonstrations={config.batch.demonstrations}, and the data has no worked solutions; set "
-            "config.data.demonstration_key to their column."
-        )
-
-
-LOOKED_AT = 64  # examples of each source: those that are too long are mostly found now, not after a warm-up
-
-
-def _check_lengths(config: Config, tokenizer: Tokenizer, train: Source, heldout: Source) -> None:
-    """The first examples have to fit. Raises ExampleError, which names the example and the key."""
-    data = config.data
-    sources = (train, heldout) if data.files else (train, heldout, warmup_source(config, tokenizer))
-    shown = config.batch.demonstrations or (config.warmup.num_steps and not data.files)
-    for source in sources:
-        for uid in range(LOOKED_AT):
-            example = source.example(uid)
-            prompt_tokens(tokenizer, example, data.max_prompt_len_tokens)
-            if shown and example.demonstration is not None:
-                demonstration_tokens(tokenizer, example, data.max_demonstration_len_tokens)
-            if example.reference is not None and (config.verify == "graph" or data.references):
-                reference_tokens(tokenizer, example, data.max_reference_len_tokens)
-
-
 def _slots(config: Config) -> dict[str, slots.Slot | None]:
     """The slots; overlapped rollouts are one step off-policy and always corrected."""
     found = slots.resolve_all(config.to_dict())
@@ -233,24 +169,6 @@ def _slots(config: Config) -> dict[str, slots.Slot | None]:
             raise ValueError("config.verify='overlapped' is off-policy: set config.correction or overlap_correction.")
         found["correction"] = slots.resolve("correction", config.overlap_correction.to_dict())
     return found
-
-
-def _check_regularisers(regularisers: Mapping[str, typing.Any]) -> None:
-    wanted = {"kl": {"estimator", "coef", "how", "divisor"}, "entropy": {"coef", "how", "divisor"}}
-    for name, keys in regularisers.items():
-        where = f"config.regularisers.{name}"
-        if keys is None:
-            continue
-        if set(keys) != wanted[name]:
-            raise ValueError(f"{where} has keys {sorted(keys)}; it takes exactly {sorted(wanted[name])}.")
-        if keys["how"] not in aggregation.HOW or keys["divisor"] <= 0:
-            raise ValueError(
-                f"{where}: how={keys['how']!r}, divisor={keys['divisor']}; how is one of {', '.join(aggregation.HOW)}, "
-                "and divisor is above 0."
-            )
-    kl = regularisers["kl"]
-    if kl is not None and kl["estimator"] not in ("k1", "k2", "k3"):
-        raise ValueError(f"config.regularisers.kl.estimator={kl['estimator']!r}; there are k1, k2, k3.")
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
