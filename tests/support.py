@@ -185,8 +185,9 @@ def tiny_parts(
 
 
 def parity_verify(rollout: Rollout, prompts: Prompts) -> Verdicts:
-    """A verifier in graph: right when the completion's tokens sum to an even number. Always valid."""
+    """A verifier in graph: right when the completion's tokens sum to an even number, and the answer is the sum's last
+    digit. Always valid."""
     del prompts
     total = jnp.where(rollout.completion_mask, rollout.tokens, 0).sum(1)
     score = (total % 2 == 0).astype(rollout.rollout_logprobs.dtype)
-    return Verdicts(score, jnp.ones_like(rollout.truncated))
+    return Verdicts(score, jnp.ones_like(rollout.truncated), (total % 10).astype(jnp.int32))
