@@ -66,6 +66,7 @@ def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
         experiment.tokenizer,
         group_size=parts.plan.group_size,
         completion_len=r.completion_len,
+        answer_rule=experiment.answer_rule,
     )
     shape = (config.steps_per_call, parts.plan.prompts_drawn)
     int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
