@@ -1,5 +1,6 @@
 """Spliced rows write what the same edit of the decoded text gives, whatever tokens the completion was made of."""
 
+import dataclasses
 import functools
 
 import jax
@@ -228,8 +229,9 @@ def test_baseline_rows():
 
 
 def test_prompts_without_references_are_refused():
+    without = dataclasses.replace(tiny_prompts(4), reference=None)
     with pytest.raises(ValueError, match="no reference answers"):
-        splice.baseline_rows(tiny_prompts(4), TOKENIZER, width=12, pad_with_space=True)
+        splice.baseline_rows(without, TOKENIZER, width=12, pad_with_space=True)
     _, rollout = rollout_of([], TOKENIZER.eos_id)
     with pytest.raises(ValueError, match="no reference answers"):
-        splice.splice_references(rollout, tiny_prompts(4), R1, TOKENIZER, pad_with_space=True)
+        splice.splice_references(rollout, without, R1, TOKENIZER, pad_with_space=True)
