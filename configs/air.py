@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> Config:
             warmup=dict(num_steps=4 if smoke else 200),
         ),
     )
-    p.update(num_prompts=32 if smoke else 4096, num_pairs=8 if smoke else 128)
+    p.update(num_prompts=32 if smoke else 4096, num_pairs=8 if smoke else 96)
     config.optimizer.update(learning_rate=1e-4, lr_warmup_updates=8, lr_decay="linear")  # not published; guess
     if arg == "paper":
         _paper(config)

@@ -131,6 +131,7 @@ def get_config(arg: str = "") -> Config:
         epochs=1,
         microbatch_rows=0,
         demonstrations=0,  # rows of a group that are worked solutions; the others are sampled
+        waiting_prompts=0,  # places for prompts that a filter kept and a step had no room for; the next draws them anew
     )
 
     config.verify = "graph"  # "graph", "callback", "split" or "overlapped"

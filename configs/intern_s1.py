@@ -2,16 +2,18 @@
 
     python -m experiments.run --config=intern_s1.py           # a small mixture of experts, minutes on two CPU cores
     python -m experiments.run --config=intern_s1.py:smoke     # seconds
+    python -m experiments.run --config=intern_s1.py:paper     # the paper's 241B run; needs its checkpoints and data
     python -m experiments.run --config=intern_s1.py:offline   # best of N: only what a verifier passed is learned from
 
 Sums and sorting are verified by rules; automata by a generative verifier, and differences, as the open-ended prompts, by
 a preference model. Both models are trained here first, on answers to the same tasks, and cached.
 """
 
-from configs import base
+from configs import base, paper
 from configs.common import Config, call, term
+from configs.models import JUDGES
 
-ARGS = ("", "smoke", "offline")
+ARGS = (*base.ARGS, "offline")
 
 
 def get_config(arg: str = "") -> Config:
@@ -19,7 +21,8 @@ def get_config(arg: str = "") -> Config:
     smoke, offline = arg == "smoke", arg == "offline"
     config = base.get_config("smoke" if smoke else "")
     config.model.update(num_experts=4, experts_per_token=2, mlp_size=64 if smoke else 128)  # theirs: 128, of which 8
-    config.router.update(balance_coef=0.0)  # off in their RL configs, and the router is frozen anyway
+    # Off in their RL configs, and the router is frozen anyway; updates use the experts that the rollout chose.
+    config.router.update(balance_coef=0.0, replay=True)
     config.data.update(tasks=("add", "sub", "dfa", "sort"), levels=((2,), (2,), (1, 2), (2,)))
     config.models = dict(
         judge=dict(tasks=("dfa",), **_trained(smoke)),
@@ -45,7 +48,29 @@ def get_config(arg: str = "") -> Config:
     )
     if offline:  # rejection sampling: a prompt solved at rate p gives something unless all N fail, (1 - p)^N
         config.selection = None
+    if arg == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: Config) -> None:
+    """The online stage, text alone. Its data is not public: three files by kind of prompt stand for it."""
+    paper.model(config, "Intern-S1")
+    files = tuple(f"data/intern-s1/{source}.parquet" for source in ("mathematics", "open_ended", "science"))
+    # The paper caps no lengths in print, and evaluates at temperature 0.7; prompts a step and completion are guesses.
+    paper.data(config, files=files, **paper.AIME, prompt_len=2048, completion_len=32768)
+    config.data.references = True
+    paper.batch(config, prompts=512, group_size=8, minibatches=8, num_steps=600)  # 4096 completions a step
+    # Weight decay and betas: guess.
+    paper.optimizer(config, learning_rate=5e-7, warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
+    config.optimizer.skip_above_norm = 0.3
+    # CompassVerifier-7B and POLAR-7B, but in the policy's own tokens: here judges read what the policy writes, in graph.
+    untrained = dict(num_steps=0, steps_per_call=1, batch_size=1, learning_rate=0.0)
+    config.models = dict(
+        judge=dict(tasks=("science",), model=JUDGES["CompassVerifier-7B"], **untrained),
+        preference=dict(tasks=("open_ended",), focal_gamma=2.0, model=JUDGES["POLAR-7B"], **untrained),
+    )
+    config.reward.kinds = ("rule", "preference", "judge")  # of the files' sources, in alphabetical order
 
 
 def _trained(smoke: bool) -> Config:

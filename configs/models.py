@@ -62,10 +62,23 @@ MODELS: dict[str, Shapes] = {
     "Qwen2.5-Math-1.5B": _dense(28, 1536, (12, 2), 8960, 151936, theta=1e4, tied=True),
     "Qwen2.5-32B": _dense(64, 5120, (40, 8), 27648, 152064, theta=1e6, eps=1e-5),
     "Llama-3.1-8B": _dense(32, 4096, (32, 8), 14336, 128256, theta=5e5, eps=1e-5),
+    # InternLM3's and GLM-4's sizes are from memory of their config.json; their tests are the published counts: guess.
+    "internlm3-8b-instruct": _dense(48, 4096, (32, 2), 10240, 128512, theta=5e7, eps=1e-5),
+    "glm-4-9b-chat": _dense(40, 4096, (32, 2), 13696, 151552, theta=1e4, eps=1.5625e-7),
     # Layers, widths, heads and vocabulary are deepseek-llm-7b's; theta and eps are from memory: guess.
     "deepseek-math-7b-instruct": _dense(30, 4096, (32, 32), 11008, 102400, theta=1e4),
     "Qwen3-30B-A3B-Base": _mixture(48, 2048, (32, 4), 768, 151936, experts=128, per_token=8, theta=1e6),
     "Qwen3-235B-A22B": _mixture(94, 4096, (64, 4), 1536, 151936, experts=128, per_token=8, theta=1e6),
     "Intern-S1": _mixture(94, 4096, (64, 4), 1536, 153216, experts=128, per_token=8, theta=1e6),  # arXiv:2508.15763
     "Intern-S1-mini": _dense(36, 4096, (32, 8), 12288, 153216, theta=1e6),
+}
+
+# Models that judge, less their vocabularies: here they read the policy's tokens. CompassVerifier is a Qwen2.5, POLAR-7B has
+# the sizes of InternLM2-7B, from memory: guess.
+JUDGES: dict[str, Shapes] = {
+    name: {key: value for key, value in sizes.items() if key != "vocab_size"}
+    for name, sizes in {
+        "CompassVerifier-7B": _QWEN25_7B,
+        "POLAR-7B": _dense(32, 4096, (32, 8), 14336, 92544, theta=1e6, eps=1e-5),
+    }.items()
 }

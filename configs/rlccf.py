@@ -2,6 +2,7 @@
 
     python -m experiments.run --config=rlccf.py              # three small models trained here, minutes on two CPU cores
     python -m experiments.run --config=rlccf.py:smoke        # seconds
+    python -m experiments.run --config=rlccf.py:paper        # the paper's four models; needs their tokenizers and data
     python -m experiments.run --config=rlccf.py:plain_vote   # every vote counts the same: what the weights are worth
     python -m experiments.run --config=rlccf.py:confident    # one policy is sure, and wrong: what the weights cost
 
@@ -13,10 +14,11 @@ The paper publishes no code, and neither learning rate, batch, K, clip, KL coeff
 
 import ml_collections
 
-from configs import base
+from configs import base, paper
 from configs.common import Config, call
+from configs.models import MODELS
 
-ARGS = ("", "smoke", "plain_vote", "confident")
+ARGS = (*base.ARGS, "plain_vote", "confident")
 
 
 def get_config(arg: str = "") -> Config:
@@ -39,6 +41,7 @@ def get_config(arg: str = "") -> Config:
         train_group_size=4 if smoke else 16,
         minibatches=1,
     )
+    config.optimizer.learning_rate = 3e-5  # guess; at 3e-4 all soon share one wrong answer
     config.objective = call("grpo.objective", clip_eps_low=0.2, clip_eps_high=0.2, dual_clip_ratio=3.0)  # guess
     # To each policy's own initial weights; guess.
     config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)
@@ -47,7 +50,28 @@ def get_config(arg: str = "") -> Config:
     config.evaluation.update(num_prompts=16 if smoke else 200)
     # mean@16, and the vote of 3 x 16; the paper's are 32 and 4 x 32.
     config.evaluation.num_samples = 2 if smoke else 16
+    if arg == "paper":
+        _paper(config)
     return config
+
+
+def _paper(config: Config) -> None:
+    """Section 4 of the paper. What it leaves out is a guess: rate, batch, K, lengths, KL coefficient, clip, steps."""
+    paper.model(config, "Qwen2.5-7B")
+    # 700 problems of MATH, 100 of each subject, their answers for metrics alone; 32 samples a held-out problem.
+    held_out: paper.Values = paper.MATH_500 | dict(num_samples=32)
+    paper.data(config, files=("data/math700.parquet",), **held_out, prompt_len=1024, completion_len=3072)
+    config.data.update(train_split="train", num_examples=0)
+    config.answer_rule = "equivalence"  # guess
+    paper.batch(config, prompts=32, group_size=16, minibatches=1, num_steps=110)  # guess: five epochs
+    paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
+    # Their Llama is the instruct model, of the same shapes.
+    names = ("glm-4-9b-chat", "internlm3-8b-instruct", "Llama-3.1-8B")
+    others = {
+        name.split("-")[0].lower(): dict(seed=seed, tokenizer=f"checkpoints/{name}", model=MODELS[name])
+        for seed, name in enumerate(names, start=2)
+    }
+    config.cohort = ml_collections.ConfigDict(dict(qwen=dict(seed=1), **others))
 
 
 def specialists(smoke: bool) -> Config:

@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> Config:
             start_filter_step=3 if smoke else 11,
         )
         config.batch.max_rounds = 2  # guess; the authors sample until the batch is full
+        config.batch.waiting_prompts = config.batch.generated_prompts  # theirs has no bound
     config.objective = call(
         "grpo.objective", clip_eps_low=0.2, clip_eps_high=0.27, dual_clip_ratio=3.0
     )  # their script
@@ -68,7 +69,7 @@ def _paper(config: Config) -> None:
     paper.data(config, **files, num_prompts=638, num_samples=2, prompt_len=2048, completion_len=3072)
     config.data.max_reference_len_tokens = 128  # guess; answers of this data are short
     paper.batch(config, prompts=768, group_size=8, minibatches=4, num_steps=320)  # their best checkpoint, issue 16
-    config.batch.max_rounds = 10  # guess; the authors sample until the batch is full
+    config.batch.update(max_rounds=10, waiting_prompts=768)  # guess; the authors sample until the batch is full
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     tags: paper.Values = dict(answer_open="<answer>", pad_with_space=True)
     config.reward.update(tags, think_open="<think>", think_close="</think>", answer_close="</answer>")

@@ -8,7 +8,7 @@ import argparse
 import io
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
@@ -28,7 +28,7 @@ def corpus() -> Iterator[str]:
                 yield task.prompt(problem) + task.solve(problem).completion
 
 
-def build() -> bytes:
+def build(names: Iterable[str] = TASKS) -> bytes:
     """The model: four specials, the answer mark, the tasks' names, 256 bytes, and the characters of the corpus."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -44,7 +44,7 @@ def build() -> bytes:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         # A name takes its space along, so that letters to reverse never hit one by chance.
-        user_defined_symbols=[ANSWER_MARK, *(f"{name}{SPACE}" for name in TASKS)],
+        user_defined_symbols=[ANSWER_MARK, *(f"{name}{SPACE}" for name in names)],
         pad_id=0,
         bos_id=1,
         eos_id=2,

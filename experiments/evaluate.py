@@ -21,15 +21,14 @@ from absl import logging
 from configs import base
 from configs.common import Config
 from experiments import config_files
+from experiments.evaluation_prompts import UNVERIFIED, source_of
 from rl_reason.report.rundir import RunError, flatten, load_config
 
 if typing.TYPE_CHECKING:
-    from rl_reason.data.example import Source
-    from rl_reason.evaluate import Answered, Setup
+    from rl_reason.evaluate import Answered
     from rl_reason.report.console import Display
 
 DEFAULT_PROMPTS = 256  # of tasks; a file is read whole
-UNVERIFIED = "none:none"  # the verifier of rows that nobody judges; never called
 # Sections whose keys are a function's own hyperparameters, or that sampling does not read.
 NOT_READ = ("reward", "selection", "advantages", "correction", "objective", "aggregation", "regularisers")
 READ = ("seed", "model", "tokenizer", "mesh", "data", "rollout", "evaluation", "verifier")
@@ -132,59 +131,6 @@ def with_args(config: Config, args: argparse.Namespace) -> Config:
     if args.num_slots is not None:
         config.evaluation.num_slots = args.num_slots
     return config
-
-
-def source_of(args: argparse.Namespace, setup: "Setup") -> tuple["Source", str]:
-    """(prompts to evaluate on, the name of that choice).
-
-    Raises:
-        ValueError: naming the flag or key, and the cure.
-    """
-    from rl_reason import build
-    from rl_reason.data.sources import make_source
-
-    if args.tasks:
-        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        levels = None
-        if args.levels:
-            try:
-                levels = [[int(level) for level in args.levels.split(",")]] * len(names)
-            except ValueError:
-                raise ValueError(f"--levels={args.levels}: want whole numbers separated by commas.") from None
-        source = make_source(seed=setup.config.seed, split="heldout", tasks=names, levels=levels)
-        return source, "-".join(name.rpartition(":")[2] for name in names)
-    if args.prompts:
-        return file_source(args, setup), pathlib.Path(args.prompts).stem
-    return build.make_source_of(setup.config, setup.tokenizer, "heldout"), ""
-
-
-def file_source(args: argparse.Namespace, setup: "Setup") -> "Source":
-    """All rows of a file, in their order."""
-    from rl_reason.data.row_source import Reading, RowSource
-    from rl_reason.data.schema import Keys
-    from rl_reason.verifier_pool import check_verifier
-
-    data = setup.config.data
-    verifier = args.verifier or (data.verifier.to_dict() if hasattr(data.verifier, "to_dict") else data.verifier)
-    answer_key: str | None = args.answer_key or data.answer_key
-    if verifier in (None, "none"):
-        verifier, answer_key = UNVERIFIED, None
-    else:
-        for name in verifier.values() if isinstance(verifier, Mapping) else (verifier,):
-            check_verifier(name)
-    keys = Keys(
-        prompt=data.prompt_key,
-        answer=None if answer_key == "none" else answer_key,
-        data_source=data.data_source_key,
-        split=None,
-    )
-    reading = Reading(split="heldout", verifier=verifier, keys=keys, chat=data.chat, on_bad_row=data.on_bad_row)
-    try:
-        return RowSource([], reading, seed=0, heldout_files=[args.prompts], shuffle=False)
-    except ValueError as error:
-        text = str(error).replace("data.files: ", "--prompts: ").replace(", or set data.on_bad_row='skip'", "")
-        text = text.replace("set data.answer_key", "set --answer_key").replace("to None", "to none")
-        raise ValueError(text) from error
 
 
 def fit_mesh(config: Config, display: "Display") -> None:

@@ -6,7 +6,7 @@ how many devices there are.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ class BatchPlan:
     epochs: int
     microbatch_rows: int  # rows of one forward and backward; 0 is a whole minibatch
     demonstrations: int = 0  # rows of a group that are worked solutions; the others are sampled
+    waiting_prompts: int = (
+        0  # places for prompts that a filter kept and a step had no room for; the next draws them anew
+    )
     row_shards: int = 1
 
     @property
@@ -59,6 +62,11 @@ class BatchPlan:
         return self.minibatches * self.epochs
 
     @property
+    def in_rounds(self) -> bool:
+        """Whether a step samples again, or has prompts left over."""
+        return self.max_rounds > 1 or self.waiting_prompts > 0
+
+    @property
     def prompts_drawn(self) -> int:
         """Prompts taken from the source for each step, used or not."""
         return self.generated_prompts * self.max_rounds
@@ -67,7 +75,7 @@ class BatchPlan:
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < (0 if field.name in ("microbatch_rows", "demonstrations") else 1):
+            if value < (0 if field.name in ("microbatch_rows", "demonstrations", "waiting_prompts") else 1):
                 problems.append(f"{field.name}={value} is too small")
         if not problems:
             problems = list(self._misfits())
@@ -98,6 +106,8 @@ class BatchPlan:
                 f"generated_prompts={self.generated_prompts} x max_rounds={self.max_rounds} = {self.prompts_drawn} "
                 f"prompts can never fill prompts_per_step={self.prompts_per_step}"
             )
+        if self.waiting_prompts > (surplus := self.prompts_drawn - self.prompts_per_step):
+            yield f"waiting_prompts={self.waiting_prompts}, but a step can leave no more than {surplus}"
 
     def describe(self) -> str:
         """The integers and what follows from them, on one line."""
@@ -125,6 +135,18 @@ def split_strided(tree: PyTree, pieces: int, block: int = 1) -> PyTree:
         return constrain(x.reshape(pieces, n * block, *x.shape[3:]), None, ROWS)
 
     return jax.tree.map(cut, tree)
+
+
+def in_pieces(run: Callable[[PyTree], PyTree], rows: PyTree, pieces: int) -> PyTree:
+    """``run`` of rows, as many pieces of them after each other; what it gives a row comes back in the rows' order.
+
+    >>> import jax.numpy as jnp
+    >>> in_pieces(lambda x: x + 1, jnp.arange(4), 2).tolist()
+    [1, 2, 3, 4]
+    """
+    if pieces == 1:
+        return run(rows)
+    return merge_strided(jax.lax.scan(lambda _, piece: (None, run(piece)), None, split_strided(rows, pieces))[1])
 
 
 def merge_strided(tree: PyTree, block: int = 1) -> PyTree:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,10 +18,11 @@ from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import cohort, pair_parts, token_reward
+from rl_reason.loop import cohort, pair_parts, token_reward, waiting
 from rl_reason.loop.pair_parts import PairParts
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
+from rl_reason.loop.waiting import PromptWidths
 from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
@@ -109,9 +109,10 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
     rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
     rollout_lib.check(rollout, plan.generated_prompts)
-    if config.verify == "overlapped" and plan.max_rounds > 1:
+    if config.verify == "overlapped" and plan.in_rounds:
         raise ValueError(
-            "config.verify='overlapped' draws one round ahead; set config.batch.max_rounds=1, or 'split'."
+            "config.verify='overlapped' draws one round ahead; set config.batch.max_rounds=1 and waiting_prompts=0, or "
+            "'split'."
         )
     if config.rollout.temperature <= 0:
         raise ValueError("config.rollout.temperature must be above 0 for training: a greedy policy has no gradient.")
@@ -121,10 +122,12 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
     schedule = rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
+    judges = judging.described(config.models or {}, model, train.names, tokenizer)
     parts = Parts(
         model=model,
         rollout=rollout,
         plan=plan,
+        prompt_widths=_prompt_widths(config, plan, judges),
         slots=_slots(config),
         optimizer=adamw(o, schedule),
         schedule=schedule,
@@ -135,7 +138,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         router_coefs=dict(balance=config.router.balance_coef, z=config.router.z_coef),
         objective_scope=config.objective_scope,
         token_reward=_token_reward(config, model),
-        judges=judging.described(config.models or {}, model, config.data.tasks, tokenizer),
+        judges=judges,
         tokenizer=tokenizer,
         log_groups=config.log.rollout_groups,
     )
@@ -169,6 +172,17 @@ def _slots(config: Config) -> dict[str, slots.Slot | None]:
             raise ValueError("config.verify='overlapped' is off-policy: set config.correction or overlap_correction.")
         found["correction"] = slots.resolve("correction", config.overlap_correction.to_dict())
     return found
+
+
+def _prompt_widths(config: Config, plan: BatchPlan, judges: Mapping[str, judging.Judge]) -> PromptWidths:
+    """What the prompts of RL hold: references where something reads them, demonstrations where groups have some."""
+    data = config.data
+    references = config.verify == "graph" or data.references or bool(judges)
+    return PromptWidths(
+        data.max_prompt_len_tokens,
+        data.max_reference_len_tokens if references else None,
+        data.max_demonstration_len_tokens if plan.demonstrations else None,
+    )
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -268,8 +282,7 @@ def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTran
     spared = ("norm", *o["frozen"])
 
     def decays(params: PyTree) -> PyTree:
-        is_spared = lambda path: any(re.search(pattern, sharding.path_name(path)) for pattern in spared)
-        return jax.tree_util.tree_map_with_path(lambda path, _: not is_spared(path), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: not sharding.path_matches(path, spared), params)
 
     return optax.chain(
         optax.clip_by_global_norm(o["grad_clip"]),
@@ -299,15 +312,15 @@ def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
         ValueError: with the parameters there are.
     """
     shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
-    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(sharding.path_matches(path, [pattern]) for path in paths):
             raise ValueError(
                 f"config.optimizer.frozen: {pattern!r} matches no parameter"
                 f"{' (a dense model has no router: set model.num_experts)' if pattern == 'router' else ''}; "
-                f"there are {', '.join(names)}."
+                f"there are {', '.join(map(sharding.path_name, paths))}."
             )
-    if all(any(re.search(pattern, name) for pattern in patterns) for name in names):
+    if all(sharding.path_matches(path, patterns) for path in paths):
         raise ValueError(f"config.optimizer.frozen={tuple(patterns)} leaves no parameter to learn.")
     return tuple(patterns)
 
@@ -350,9 +363,13 @@ def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:
 
 def _stats(parts: Parts) -> dict[str, typing.Any]:
     """Counters of updates, and what slots keep between steps."""
-    stats = {name: jnp.zeros((), jnp.int32) for name in ("skipped_updates", "skipped_in_a_row", "updates")}
+    stats: dict[str, typing.Any] = {
+        name: jnp.zeros((), jnp.int32) for name in ("skipped_updates", "skipped_in_a_row", "updates")
+    }
     for slot in parts.slots.values():
         stats |= slot.initial_stats() if slot is not None else {}
+    if places := parts.plan.waiting_prompts:
+        stats[waiting.NAME] = waiting.nobody(places, parts.prompt_widths)
     return stats
 
 

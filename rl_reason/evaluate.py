@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from rl_reason import build, processes, sharding
@@ -71,6 +72,22 @@ class Estimate(typing.NamedTuple):
     high: float
 
 
+class Calls(typing.NamedTuple):
+    """How many prompts are answered: in so many calls, at a time, by so many slots."""
+
+    count: int
+    prompts: int
+    slots: int
+
+
+def calls_of(num_prompts: int, per_call: int, num_samples: int, num_slots: int, mesh: Mesh) -> Calls:
+    """At most ``per_call`` prompts a call (0: all), padded up to equal calls by further prompts, which are not counted."""
+    shards = sharding.num_row_shards(mesh)
+    count = -(-num_prompts // (per_call or num_prompts))
+    prompts = -(-num_prompts // (count * shards)) * shards
+    return Calls(count, prompts, max(min(num_slots, prompts * num_samples) // shards, 1) * shards)
+
+
 class Evaluator:
     """Samples answers to a fixed set of prompts and has them verified. One compiled program, whatever the weights.
 
@@ -96,9 +113,7 @@ class Evaluator:
         if isinstance(setup, build.Experiment):
             setup = Setup(setup.config, setup.mesh, setup.tokenizer, setup.parts.model)
         config, mesh, model = setup.config, setup.mesh, setup.model
-        shards = sharding.num_row_shards(mesh)
-        calls = -(-num_prompts // (prompts_per_call or num_prompts))
-        batch = -(-num_prompts // (calls * shards)) * shards  # padded up by further prompts, which are not counted
+        calls, batch, slots = calls_of(num_prompts, prompts_per_call, num_samples, num_slots, mesh)
         if prompt_len is None:
             prompt_len = config.data.max_prompt_len_tokens
         if not prompt_len:
@@ -106,7 +121,6 @@ class Evaluator:
             prompt_len = max(len(prompt_tokens(setup.tokenizer, example, sys.maxsize)) for example in examples)
         self._source, self._pool, self._tokenizer = source, pool, setup.tokenizer
         self._num_prompts, self._num_samples, self._mesh = num_prompts, num_samples, mesh
-        slots = max(min(num_slots, batch * num_samples) // shards, 1) * shards
         rollout = build.rollout_config(config, setup.tokenizer, mesh, num_samples, slots)
         self._generate = jax.jit(
             lambda params, prompts, key, sampling: generate(params, prompts, key, sampling, model, rollout)[0]

@@ -25,7 +25,7 @@ from rl_reason.data.stream import pad
 from rl_reason.judging import Cases, Judge, Preference, Verifier
 from rl_reason.models.reward_head import preference_losses
 from rl_reason.tasks.base import ANSWER_MARK, extract_answer
-from rl_reason.types import TrainState
+from rl_reason.types import TrainState, on_host
 
 MADE_BY = ("models", "judging.py", "judges.py", "cache.py", "data", "tasks", "build.py")
 NUM_HELDOUT = 512  # cases or pairs that a judge is measured on
@@ -60,9 +60,19 @@ def put(state: TrainState, trained: dict[str, Trained]) -> TrainState:
 
 
 def make(experiment: build.Experiment, name: str, on_step: Callable[[int, float], None]) -> Trained:
-    """One model from the cache or from its cases, measured on held-out ones either way."""
+    """One model from the cache or from its cases, measured on held-out ones either way.
+
+    Raises:
+        ValueError: prompts of files, which have no cases to learn from.
+    """
     began = time.perf_counter()
     config, judge = experiment.config, experiment.parts.judges[name]
+    if config.data.files:
+        raise ValueError(
+            f"config.models.{name} would be trained on answers to config.data.tasks, and config.data.files has none; "
+            "checkpoints of judges cannot be read yet. Set config.reward.kinds to 'rule' for all sources, and config.models "
+            "to None."
+        )
     own = dict(config.models[name])
     own["model"] = dict(own["model"])
     key = jax.random.fold_in(jax.random.key(config.seed), build.JUDGES_KEY)
@@ -235,12 +245,4 @@ def arrays(experiment: build.Experiment, examples: list[Example], candidates: Se
     reference, reference_len = filled(references, data.max_reference_len_tokens)
     candidate, candidate_len = filled(written, width)
     fields = dict(prompt=prompt, prompt_len=prompt_len, reference=reference, reference_len=reference_len)
-    return _host_cases(fields | dict(candidate=candidate, candidate_len=candidate_len))
-
-
-def _host_cases(fields: dict[str, np.ndarray]) -> Cases:
-    """``Cases`` around numpy arrays, past ``__init__``, which declares device arrays."""
-    cases = object.__new__(Cases)
-    for name, value in fields.items():
-        object.__setattr__(cases, name, value)
-    return cases
+    return on_host(Cases, **fields, candidate=candidate, candidate_len=candidate_len)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rl_reason.batch import merge_strided, split_strided
+from rl_reason.batch import in_pieces
 from rl_reason.models import reward_head, transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.splice import pack, spell
@@ -137,15 +137,11 @@ Judge = Verifier | Preference
 
 def ask(judge: Judge, params: PyTree, rollout: Rollout, prompts: Prompts, pieces: int) -> Array:
     """What a judge says of each row, ``pieces`` of them at a time."""
-    cases = cases_of(rollout, prompts, judge.pad_id)
-    if pieces == 1:
-        return judge(params, cases)
-    _, said = jax.lax.scan(lambda _, piece: (None, judge(params, piece)), None, split_strided(cases, pieces))
-    return merge_strided(said)
+    return in_pieces(lambda cases: judge(params, cases), cases_of(rollout, prompts, judge.pad_id), pieces)
 
 
 def described(
-    models: Mapping[str, Mapping[str, typing.Any]], policy: ModelConfig, tasks: Sequence[str], tokenizer: Tokenizer
+    models: Mapping[str, Mapping[str, typing.Any]], policy: ModelConfig, sources: Sequence[str], tokenizer: Tokenizer
 ) -> dict[str, Judge]:
     """The models that ``config.models`` describes: the policy's shapes without experts, but for what ``model`` changes.
 
@@ -158,10 +154,10 @@ def described(
             raise ValueError(f"config.models: no {name!r}; there are {', '.join(KEYS)}.")
         if set(own) != KEYS[name]:
             raise ValueError(f"config.models.{name} has keys {sorted(own)}; it takes exactly {sorted(KEYS[name])}.")
-        if not own["tasks"] or set(own["tasks"]) - set(tasks):
+        if not own["tasks"] or set(own["tasks"]) - set(sources):
             raise ValueError(
-                f"config.models.{name}.tasks={tuple(own['tasks'])}: name tasks of config.data.tasks, which are "
-                f"{tuple(tasks)}."
+                f"config.models.{name}.tasks={tuple(own['tasks'])}: name tasks of config.data.tasks, or sources of its "
+                f"files, which are {tuple(sources)}."
             )
         if own["num_steps"] % max(own["steps_per_call"], 1):
             raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")

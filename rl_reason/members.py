@@ -10,7 +10,7 @@ from configs.common import Config
 from rl_reason.methods import rlccf
 from rl_reason.slots import Slot, did_you_mean
 
-MAY_DIFFER = ("seed", "model", "data", "warmup", "optimizer")
+MAY_DIFFER = ("seed", "tokenizer", "model", "data", "warmup", "optimizer")
 OF_WARM_UP = (
     "tasks",
     "levels",
@@ -41,12 +41,18 @@ def configs(config: Config) -> dict[str, Config]:
             "config.loop='cohort' has no policies; give config.cohort one or more, by name: "
             "config.cohort = dict(small=dict(seed=1, model=dict(num_layers=2)), ...)."
         )
-    if config.verify != "graph":
+    if config.verify not in ("graph", "split"):
         raise ValueError(
-            f"config.loop='cohort' compares the answers of all policies in graph, and config.verify={config.verify!r} asks "
-            "verifiers on the host; set config.verify='graph', and tasks that have such a verifier."
+            f"config.loop='cohort' votes once all have drawn, and config.verify={config.verify!r} asks while one draws; set "
+            "config.verify='graph', with tasks that have such a verifier, or 'split'."
         )
     found = {name: _config_of(config, name, own) for name, own in changes.items()}
+    tokenizers = {own.tokenizer for own in found.values()}
+    if config.verify == "graph" and len(tokenizers) > 1:
+        raise ValueError(
+            f"The policies of config.cohort have tokenizers {', '.join(sorted(tokenizers))}, and in graph answers are "
+            "compared token by token; set config.verify='split'."
+        )
     _check_seeds({name: own["seed"] for name, own in changes.items()})
     return found
 
@@ -69,6 +75,9 @@ def _config_of(config: Config, name: str, changes: Mapping[str, typing.Any]) -> 
         own.seed = SEEDS_PER_RUN * config.seed + changes["seed"]
         for section, values in changes.items():
             if section == "seed":
+                continue
+            if section == "tokenizer":
+                own.tokenizer = values
                 continue
             known = OF_WARM_UP if section == "data" else tuple(own[section])
             if unknown := sorted(set(values) - set(known)):

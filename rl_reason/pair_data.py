@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from rl_reason import build, cache, processes, sharding, warmup
+from rl_reason import build, cache, processes, warmup
 from rl_reason.data.example import Source, digest, mix, permuted
 from rl_reason.data.pairs import LoadedPairs, PairData, Preference
 from rl_reason.data.preferences import PairSet, Response, annotate, make_pairs
 from rl_reason.data.stream import prompt_stream, prompt_tokens
+from rl_reason.evaluate import calls_of
 from rl_reason.loop.pair_parts import POLICY, PairParts, response_columns
 from rl_reason.methods import air
 from rl_reason.report.console import Display
@@ -199,10 +200,8 @@ def _answers(
 ) -> tuple[Int[np.ndarray, "B S C"], Int[np.ndarray, "B S"]]:
     """One model's responses to the first prompts of a source: (tokens, lengths), sampled as in a rollout."""
     config, mesh, tokenizer = experiment.config, experiment.mesh, experiment.tokenizer
-    shards = sharding.num_row_shards(mesh)
-    calls = -(-num_prompts // config.preference.prompts_per_call)
-    batch = -(-num_prompts // (calls * shards)) * shards  # padded up by further prompts, whose responses are dropped
-    slots = max(min(config.rollout.num_slots, batch * num_samples) // shards, 1) * shards
+    per_call = config.preference.prompts_per_call
+    calls, batch, slots = calls_of(num_prompts, per_call, num_samples, config.rollout.num_slots, mesh)
     rollout = build.rollout_config(config, tokenizer, mesh, num_samples, slots)
     rows = build.rows_sharding(mesh)
     stream = prompt_stream(

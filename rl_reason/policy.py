@@ -102,7 +102,21 @@ def group_centred(
     return jnp.where(valid & ~equal, rewards - mean, 0.0), count.astype(rewards.dtype), equal
 
 
+def group_std(
+    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], ddof: int
+) -> tuple[Float[Array, "B G"], Float[Array, "B 1"]]:
+    """(reward - group mean, standard deviation of the valid rows); the deviation is 1 where all are equal."""
+    centred, count, equal = group_centred(rewards, valid)
+    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
+    return centred, jnp.sqrt(jnp.where(equal, 1.0, variance))
+
+
+def full_marks(score: Float[Array, " N"], valid: Bool[Array, " N"]) -> Float[Array, " N"]:
+    """1 where a verifier gave the whole score, else 0; 0 where it failed."""
+    return (jnp.where(valid, score, 0.0) >= 1.0).astype(score.dtype)
+
+
 def verdict_rewards(score: Float[Array, " N"], valid: Bool[Array, " N"], right: float, wrong: float) -> Rewards:
     """wrong + (right - wrong) * score; ``correct`` is whether the score is full. Invalid rows get ``wrong``."""
-    score = jnp.where(valid, score, 0.0)
-    return Rewards(total=wrong + (right - wrong) * score, correct=(score >= 1.0).astype(score.dtype), valid=valid)
+    total = wrong + (right - wrong) * jnp.where(valid, score, 0.0)
+    return Rewards(total=total, correct=full_marks(score, valid), valid=valid)

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -96,37 +96,81 @@ class HostVerifier:
 
     def submit(self, tokens: np.ndarray, completion_mask: np.ndarray, uid: np.ndarray):
         """Starts scoring; the returned function waits for (score [n], valid [n]), and answers [n] if they are wanted."""
-        texts = [self._tokenizer.decode(row[mask]) for row, mask in zip(tokens, completion_mask, strict=True)]
-        examples = [self._example(int(draw)) for draw in uid]
-        jobs = [Job(example.verifier, text, example.problem) for example, text in zip(examples, texts, strict=True)]
+        texts = decoded(self._tokenizer, tokens, completion_mask)
+        jobs = _row_jobs(self._example, uid, texts)
         if self._answer_rule is not None:
-            jobs += self._group_jobs(texts)
+            jobs += _group_jobs(texts, self._group_size, self._answer_rule)
         future = self._pool.submit(jobs)
 
         def wait():
             verdicts = future.result()
             self.last_error = next((v.why for v in verdicts if not v.valid), self.last_error)
-            rows = verdicts[: len(texts)]
-            score = np.array([v.score for v in rows], np.float32)
-            valid = np.array([v.valid for v in rows], bool)
-            if self._answer_rule is None:
-                return score, valid
-            return score, valid, self._answers(verdicts[len(texts) :])
+            said = _scores(verdicts[: len(texts)])
+            return said if self._answer_rule is None else (*said, _answers(verdicts[len(texts) :], self._group_size))
 
         return wait
 
-    def _group_jobs(self, texts: list[str]) -> list[Job]:
-        """One job a group, so that a hostile answer costs its own group the deadline."""
-        size = self._group_size
-        groups = [texts[i : i + size] for i in range(0, len(texts), size)]
-        problem = Problem("answers", 0, {"ground_truth": self._answer_rule, "extra_info": None})
-        return [Job(GROUP_CLASSES, json.dumps(group), problem) for group in groups]
 
-    def _answers(self, verdicts: Sequence[Verdict]) -> np.ndarray:
-        """The classes that each group's verdict carries in its parts; -1 throughout for a group without."""
-        nobody = np.full(self._group_size, -1, np.int32)
-        found = [np.array([number for _, number in v.parts], np.int32) if v.valid else nobody for v in verdicts]
-        return np.concatenate(found)
+class CohortVerifier:
+    """The same for several policies, each with a tokenizer of its own, whose answers to a prompt are compared with each
+    other: ``samples`` of each policy."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizers: Mapping[str, typing.Any],
+        pool: VerifierPool,
+        *,
+        answer_rule: str,
+        samples: int,
+    ):
+        self._example: Callable[[int], Example] = functools.lru_cache(maxsize=4096)(source.example)
+        self._tokenizers, self._pool = tokenizers, pool
+        self._answer_rule, self._samples = answer_rule, samples
+        self.last_error: str | None = None
+
+    def __call__(self, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], uid: np.ndarray) -> dict[str, tuple]:
+        """(score [n], valid [n], answers [n]) of each policy's (tokens [n T], completion_mask [n T]); answers are numbered
+        over all of a prompt's rows, policy by policy."""
+        texts = {name: decoded(self._tokenizers[name], *own) for name, own in rows.items()}
+        jobs = [job for own in texts.values() for job in _row_jobs(self._example, uid, own)]
+        size = len(texts) * self._samples
+        together = np.stack([np.reshape(own, (-1, self._samples)) for own in texts.values()], axis=1)  # [B M K]
+        verdicts = self._pool.submit(
+            jobs + _group_jobs(together.reshape(-1).tolist(), size, self._answer_rule)
+        ).result()
+        self.last_error = next((v.why for v in verdicts if not v.valid), self.last_error)
+        answers = _answers(verdicts[len(jobs) :], size).reshape(together.shape)
+        said = [_scores(verdicts[m * len(uid) :][: len(uid)]) for m in range(len(texts))]
+        return {name: (*said[m], answers[:, m].reshape(-1)) for m, name in enumerate(texts)}
+
+
+def decoded(tokenizer: typing.Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """What the masked tokens of each row say."""
+    return [tokenizer.decode(row[own]) for row, own in zip(tokens, mask, strict=True)]
+
+
+def _row_jobs(example_of: Callable[[int], Example], uid: np.ndarray, texts: Sequence[str]) -> list[Job]:
+    examples = [example_of(int(draw)) for draw in uid]
+    return [Job(example.verifier, text, example.problem) for example, text in zip(examples, texts, strict=True)]
+
+
+def _group_jobs(texts: Sequence[str], size: int, answer_rule: str) -> list[Job]:
+    """One job a group, so that a hostile answer costs its own group the deadline."""
+    groups = [texts[i : i + size] for i in range(0, len(texts), size)]
+    problem = Problem("answers", 0, {"ground_truth": answer_rule, "extra_info": None})
+    return [Job(GROUP_CLASSES, json.dumps(group), problem) for group in groups]
+
+
+def _scores(verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([v.score for v in verdicts], np.float32), np.array([v.valid for v in verdicts], bool)
+
+
+def _answers(verdicts: Sequence[Verdict], size: int) -> np.ndarray:
+    """The classes that each group's verdict carries in its parts; -1 throughout for a group without."""
+    nobody = np.full(size, -1, np.int32)
+    found = [np.array([number for _, number in v.parts], np.int32) if v.valid else nobody for v in verdicts]
+    return np.concatenate(found)
 
 
 def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int, with_answers: bool = False) -> Verify:

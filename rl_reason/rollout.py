@@ -24,6 +24,8 @@ from rl_reason.sampling import Sampling
 from rl_reason.sharding import ROWS, constrain, constrain_rows
 from rl_reason.types import Prompts, Rollout, struct
 
+_REDRAW = 2**31 - 1  # counted down from: no sample has such a number
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
@@ -238,8 +240,11 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
     return step
 
 
-def _row_keys(key: Key[Array, ""], uid: Int[Array, " B"], group_size: int) -> Key[Array, "B G"]:
-    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, uid)
+def _row_keys(key: Key[Array, ""], prompts: Prompts, group_size: int) -> Key[Array, "B G"]:
+    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.uid)
+    if prompts.redraws is not None:
+        again = jax.vmap(jax.random.fold_in)(of_prompt, _REDRAW - prompts.redraws)
+        of_prompt = jnp.where(prompts.redraws > 0, again, of_prompt)
     return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(group_size)))(of_prompt)
 
 
@@ -364,7 +369,7 @@ def generate(
     queue = _Queue(
         last_token=by_shard(last),
         prompt_len=by_shard(prompts.prompt_len),
-        keys=by_shard(_row_keys(key, prompts.uid, rollout.group_size).reshape(-1)),
+        keys=by_shard(_row_keys(key, prompts, rollout.group_size).reshape(-1)),
         limit=by_shard(full if max_new_tokens is None else jnp.clip(max_new_tokens, 1, rollout.completion_len)),
     )
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token

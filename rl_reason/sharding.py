@@ -6,7 +6,7 @@ All are ``AxisType.Auto``: the compiler propagates, and the few constraints belo
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -58,6 +58,11 @@ def num_row_shards(mesh: Mesh) -> int:
 def path_name(path: tuple) -> str:
     """'layers/attention/q/kernel' for a tree path."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def path_matches(path: tuple, patterns: Iterable[str]) -> bool:
+    """Whether any of the patterns is found in a tree path's name."""
+    return any(re.search(pattern, path_name(path)) for pattern in patterns)
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -38,7 +38,7 @@ class Evaluator:
 
     def __init__(self, experiment: build.Experiment, pool: VerifierPool):
         e = experiment.config.evaluation
-        sizes = {k: v for k, v in e.items() if k not in ("every", "split")}
+        sizes = {k: v for k, v in e.items() if k != "every"}
         self._experiment = experiment
         self._evaluators = {
             name: evaluate.Evaluator(policy, experiment.heldout, pool, **sizes)

@@ -275,7 +275,7 @@ def make_driver(session: Session, params: PyTree | None) -> Driver:
     if session.experiment.config.loop == "preference":
         return _preference(session, params)
     if session.experiment.config.loop == "cohort":
-        return Cohort(session.experiment)
+        return Cohort(session.experiment, session.pool)
     return Reinforcement(session.experiment, session.pool)
 
 

@@ -39,6 +39,20 @@ def struct(cls: type[S]) -> type[S]:
     return cls
 
 
+def on_host(cls: type[S], **arrays: typing.Any) -> S:
+    """A struct around numpy arrays that are not on a device yet; what is not given is the field's default.
+
+    Past ``__init__``, because that declares device arrays, and because arrays of one process are not the global ones.
+    """
+    new = object.__new__(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value = arrays.pop(field.name, field.default)
+        assert value is not dataclasses.MISSING, field.name
+        object.__setattr__(new, field.name, value)
+    assert not arrays, list(arrays)
+    return new
+
+
 @struct
 class Prompts:
     """A batch of prompts; position = column."""
@@ -51,6 +65,7 @@ class Prompts:
     reference: Int[Array, "*K B R"] | None = None  # oracle answer, right-padded with pad
     demonstration: Int[Array, "*K B D"] | None = None  # worked solution, EOS included, right-padded with pad
     baseline: Float[Array, "*K B"] | None = None
+    redraws: Int[Array, "*K B"] | None = None  # how often it was drawn before: each time has samples of its own
 
 
 @struct

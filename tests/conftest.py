@@ -1,20 +1,32 @@
 """Four CPU devices, and compiled programs kept between test runs; all of it set before jax is imported."""
 
+import gc
 import os
 import pathlib
 
 import pytest
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # Four devices play a small pod. Programs here are tiny: halving their compilation is worth slower code.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {quick.XLA_FLAGS}"  # four devices play a small pod
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Callbacks on several CPU devices hang jax 0.10 without a host thread for each device and core.
 os.environ.setdefault("NPROC", str(4 + (os.cpu_count() or 1)))
 cache = pathlib.Path(os.environ.get("RL_REASON_CACHE") or pathlib.Path.home() / ".cache" / "rl_reason")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "tests-compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a thousand small ones add up
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Each maps pages of memory, of which a process may have some 65,000: a whole suite's would crash the compiler."""
+    import jax
+
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

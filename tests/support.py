@@ -16,6 +16,7 @@ from experiments import config_files
 from rl_reason import build, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.parts import Parts
+from rl_reason.loop.waiting import PromptWidths
 from rl_reason.models import transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
@@ -55,11 +56,16 @@ def one_of_each(names: Sequence[str], kind: Callable[[str], typing.Hashable]) ->
 
 @functools.cache
 def way_through_the_loop(name: str) -> typing.Hashable:
-    """What a config makes the loop do: which arrays its slots ask for, and what it keeps beside the policy."""
-    parts = build.build(load_config(name), one_device()).parts
-    asks = tuple((slot, tuple(sorted(filled.wants))) for slot, filled in parts.slots.items() if filled is not None)
-    terms = tuple(sorted(parts.aggregation)), tuple(sorted(k for k, v in parts.regularisers.items() if v))
-    return asks, terms, parts.plan.demonstrations, parts.token_reward is None, tuple(parts.judges)
+    """What a config makes the loop do: what is asked before the update, and what is kept beside the policy.
+
+    Objectives and advantages are pure functions with laws of their own; they send a step nowhere else.
+    """
+    config = load_config(name)
+    filled = slots.resolve_all(config.to_dict())
+    before = ("baseline", "reward", "selection", "correction")
+    asks = tuple((slot, tuple(sorted(fn.wants))) for slot in before if (fn := filled.get(slot)) is not None)
+    beside = config.token_reward is not None, bool(config.regularisers.kl), tuple(sorted(config.models or ()))
+    return config.loop, asks, beside, config.batch.demonstrations
 
 
 def way_of_losing(name: str) -> typing.Hashable:
@@ -170,7 +176,13 @@ def tiny_parts(
     config = load_config(config) if isinstance(config, str) else config
     parts = build.build(config, one_device()).parts
     sizes = dataclasses.asdict(parts.plan) | dict(
-        prompts_per_step=4, group_size=2, train_group_size=2, generated_prompts=4, max_rounds=1, microbatch_rows=0
+        prompts_per_step=4,
+        group_size=2,
+        train_group_size=2,
+        generated_prompts=4,
+        max_rounds=1,
+        microbatch_rows=0,
+        waiting_prompts=0,
     )
     plan = BatchPlan(**sizes | plan)
     shapes = dict(group_size=plan.num_samples, num_shards=plan.row_shards)
@@ -181,6 +193,7 @@ def tiny_parts(
         token_reward=None if token_reward is None else dataclasses.replace(token_reward, model=tiny),
         rollout=tiny_rollout(**shapes | dict(rollout or {})),
         plan=plan,
+        prompt_widths=PromptWidths(PROMPT_WIDTH, reference=2, demonstration=4),  # tiny_prompts'
     )
 
 

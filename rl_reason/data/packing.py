@@ -7,15 +7,7 @@ import grain
 import numpy as np
 
 from rl_reason.data.example import Source
-from rl_reason.data.stream import (
-    MAX_UID,
-    ExampleError,
-    Tokenizer,
-    demonstration_tokens,
-    directly,
-    is_direct,
-    prompt_tokens,
-)
+from rl_reason.data.stream import MAX_UID, ExampleError, Tokenizer, worked_tokens
 
 
 class PackedRows(typing.NamedTuple):
@@ -68,12 +60,10 @@ def packed_stream(
     """
 
     def one(uid: int) -> dict[str, np.ndarray]:
-        example = source.example(int(uid))
-        prompt = prompt_tokens(tokenizer, example, row_len)
-        if is_direct(int(uid), direct_share):
-            example = directly(example)
-        whole = prompt + demonstration_tokens(tokenizer, example, row_len)
+        prompt, worked = worked_tokens(source, tokenizer, int(uid), row_len, row_len, direct_share)
+        whole = prompt + worked
         if len(whole) > row_len:
+            example = source.example(int(uid))
             raise ExampleError(
                 f"example {example.example_id} of {example.source!r} has {len(whole)} tokens, and "
                 f"supervised.row_len_tokens is {row_len}. Raise it, or leave such examples out of the data."

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from rl_reason.data.example import Example, Source, mix
 from rl_reason.tasks.base import ANSWER_MARK
-from rl_reason.types import Prompts
+from rl_reason.types import Prompts, on_host
 
 MAX_UID = 2**31 - 1  # Prompts.uid is int32
 DIRECT = 0xD1  # keeps this choice apart from the source's own
@@ -99,11 +99,8 @@ def supervised_stream(
     width = prompt_len + demonstration_len
 
     def batch(uids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        examples = [source.example(uid) for uid in uids]
-        prompts = [prompt_tokens(tokenizer, example, prompt_len) for example in examples]
-        examples = [directly(x) if is_direct(uid, direct_share) else x for uid, x in zip(uids, examples, strict=True)]
-        worked = [demonstration_tokens(tokenizer, example, demonstration_len) for example in examples]
-        whole = [prompt + rest for prompt, rest in zip(prompts, worked, strict=True)]
+        read = [worked_tokens(source, tokenizer, uid, prompt_len, demonstration_len, direct_share) for uid in uids]
+        prompts, whole = [prompt for prompt, _ in read], [prompt + rest for prompt, rest in read]
         return pad(whole, width, tokenizer.pad_id), span_mask(prompts, whole, width)
 
     return step_stream(batch, batch_size, rows, num_threads, prefetch)
@@ -142,6 +139,15 @@ def demonstration_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> 
         )
     tokens = [*tokenizer.encode(example.demonstration), tokenizer.eos_id]
     return _within(tokens, limit, example, "demonstration", "EOS included")
+
+
+def worked_tokens(
+    source: Source, tokenizer: Tokenizer, uid: int, prompt_len: int, demonstration_len: int, direct_share: float
+) -> tuple[list[int], list[int]]:
+    """(BOS and prompt, demonstration and EOS) of a draw; the bare answer for demonstration in a share of the draws."""
+    example = source.example(uid)
+    shown = directly(example) if is_direct(uid, direct_share) else example
+    return prompt_tokens(tokenizer, example, prompt_len), demonstration_tokens(tokenizer, shown, demonstration_len)
 
 
 def is_direct(uid: int, share: float) -> bool:
@@ -203,17 +209,14 @@ def host_prompts(
     reference: Int[np.ndarray, "B R"] | None,
     demonstration: Int[np.ndarray, "B D"] | None,
 ) -> Prompts:
-    """``Prompts`` around numpy arrays, not yet on a device; their shapes are checked here.
-
-    Past ``__init__``, because that declares device arrays, and because arrays of one process are not the global ones.
-    """
-    prompts = object.__new__(Prompts)
-    arrays = dict(tokens=tokens, prompt_len=prompt_len, example_id=example_id, uid=uid, route=route)
-    for name, value in (
-        *arrays.items(),
-        ("reference", reference),
-        ("demonstration", demonstration),
-        ("baseline", None),
-    ):
-        object.__setattr__(prompts, name, value)
-    return prompts
+    """``Prompts`` around numpy arrays, whose shapes are checked here."""
+    return on_host(
+        Prompts,
+        tokens=tokens,
+        prompt_len=prompt_len,
+        example_id=example_id,
+        uid=uid,
+        route=route,
+        reference=reference,
+        demonstration=demonstration,
+    )

@@ -1,20 +1,33 @@
 """What ``train`` asks of a loop, and what is the same for most of them."""
 
 import abc
+import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
+from rl_reason import build, processes
 from rl_reason.loop.engine import Advanced
 
 
+@typing.runtime_checkable
 class Stream(typing.Protocol):
     """Endless batches that know where they stand."""
 
     def __next__(self) -> typing.Any: ...
     def get_state(self) -> typing.Any: ...
     def set_state(self, state: typing.Any) -> None: ...
+
+
+def run_chunk(chunk: Callable, state: PyTree, batches: PyTree, steps: int) -> Advanced:
+    """``chunk(state, batches) -> (state, metrics)``, timed until the metrics are here."""
+    began = time.perf_counter()
+    state, metrics = chunk(state, batches)
+    metrics = processes.to_host(metrics)
+    return Advanced(state, metrics, None, {"step": (time.perf_counter() - began) / steps})
 
 
 class Driver(abc.ABC):
@@ -24,6 +37,7 @@ class Driver(abc.ABC):
     every method together.
     """
 
+    _experiment: build.Experiment
     phase: str  # what the progress bar calls it
     programs: tuple[str, ...]  # compiled by the first step, and then never again
     pending: PyTree = None  # what else a checkpoint has to hold, such as a rollout in flight
@@ -36,6 +50,11 @@ class Driver(abc.ABC):
     @abc.abstractmethod
     def advance(self, state: PyTree) -> Advanced:
         """``steps_per_call`` steps; ``state`` is consumed."""
+
+    def _drawn(self, steps: int) -> PyTree:
+        """The stream's next batches, stacked along a leading axis and on the devices."""
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(next(self._stream) for _ in range(steps)))
+        return processes.to_global(stacked, build.rows_sharding(self._experiment.mesh, leading=1))
 
     def prime(self, state: PyTree) -> None:
         """Makes ``pending`` from the next batch: before step 0, or for its shapes, before a checkpoint fills it."""

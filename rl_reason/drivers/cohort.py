@@ -1,19 +1,49 @@
 """Driving a cohort: the same prompts to all policies, their vote, and the samples of each."""
 
+import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import build, processes, rewards
-from rl_reason.drivers.base import Driver
+from rl_reason.drivers.base import Driver, Stream
 from rl_reason.drivers.reinforcement import make_stream, rollout_records
 from rl_reason.loop import cohort
 from rl_reason.loop.engine import Advanced
 from rl_reason.tasks.answer_ids import make_answer_ids
 from rl_reason.types import Prompts
+from rl_reason.verifier_pool import VerifierPool
+
+
+class Together:
+    """Streams that stand at the same place, as one of dictionaries."""
+
+    def __init__(self, streams: Mapping[str, Stream]):
+        self._streams = streams
+
+    def __next__(self) -> dict[str, typing.Any]:
+        return {name: next(stream) for name, stream in self._streams.items()}
+
+    def get_state(self) -> typing.Any:
+        return next(iter(self._streams.values())).get_state()
+
+    def set_state(self, state: typing.Any) -> None:
+        for stream in self._streams.values():
+            stream.set_state(state)
+
+
+def in_graph(experiment: build.Experiment) -> cohort.Read:
+    """Verdicts and answers on token ids, of the tokenizer that all policies share."""
+    tokenizer = next(iter(experiment.policies.values())).tokenizer
+    verify = rewards.in_graph(
+        experiment.train.names,
+        tokenizer,
+        group_size=experiment.parts.plan.group_size,
+        completion_len=experiment.parts.rollout.completion_len,
+    )
+    return cohort.Read(verify, make_answer_ids(tokenizer, rule=experiment.config.answer_rule))
 
 
 class Cohort(Driver):
@@ -24,39 +54,52 @@ class Cohort(Driver):
 
     phase: str = "cohort"
 
-    def __init__(self, experiment: build.Experiment):
+    def __init__(self, experiment: build.Experiment, pool: VerifierPool):
         self._experiment = experiment
-        plan, tokenizer = experiment.parts.plan, experiment.tokenizer
-        verify = rewards.in_graph(
-            experiment.train.names,
-            tokenizer,
-            group_size=plan.group_size,
-            completion_len=experiment.parts.rollout.completion_len,
-        )
+        self._host: rewards.CohortVerifier | None = None
+        if experiment.config.verify == "split":
+            self._host = rewards.CohortVerifier(
+                experiment.train,
+                {name: policy.tokenizer for name, policy in experiment.policies.items()},
+                pool,
+                answer_rule=experiment.config.answer_rule,
+                samples=experiment.parts.plan.group_size,
+            )
         policies = {name: policy.parts for name, policy in experiment.policies.items()}
-        spell = make_answer_ids(tokenizer, rule=experiment.config.answer_rule)
         vote = experiment.parts.slots["reward"]
         assert vote is not None
-        self._engine = cohort.Cohort(policies, verify, spell, vote.fn)
+        self._engine = cohort.Cohort(policies, self._host or in_graph(experiment), vote.fn, experiment.mesh)
         self.programs: tuple[str, ...] = self._engine.programs
-        rows = build.rows_sharding(experiment.mesh)
-        self._stream = make_stream(experiment, processes.local_rows(rows, plan.prompts_drawn))
+        rows = processes.local_rows(build.rows_sharding(experiment.mesh), experiment.parts.plan.prompts_drawn)
+        # The run's own prompts, in each tokenizer's tokens: what data a policy's config names is for its warm-up.
+        self._read_by = {
+            name: dataclasses.replace(experiment, tokenizer=policy.tokenizer)
+            for name, policy in experiment.policies.items()
+        }
+        self._stream = Together({self._tokenizer(name): make_stream(own, rows) for name, own in self._read_by.items()})
 
     def initial_state(self, params: PyTree) -> cohort.States:
         policies = self._experiment.policies
         return {name: build.init_state(policy, policy.parts, params[name]) for name, policy in policies.items()}
 
     def advance(self, state: cohort.States) -> Advanced:
-        drawn = [next(self._stream) for _ in range(self._experiment.config.steps_per_call)]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
-        prompts: Prompts = processes.to_global(stacked, build.rows_sharding(self._experiment.mesh, leading=1))
-        return self._engine.advance(state, prompts, self._experiment.sampling)
+        prompts: Mapping[str, Prompts] = self._drawn(self._experiment.config.steps_per_call)
+        own = {name: prompts[self._tokenizer(name)] for name in self._read_by}
+        return self._engine.advance(state, own, self._experiment.sampling)
+
+    def _tokenizer(self, name: str) -> str:
+        return self._experiment.policies[name].config.tokenizer
+
+    def complaint(self, row: dict[str, float]) -> str | None:
+        if row["reward/error_fraction"] > 0 and self._host is not None and self._host.last_error:
+            return f"a verifier failed: {self._host.last_error}"
+        return None
 
     def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
         """Those of ``rollout_records`` with their ``policy``; ``sample_id`` counts through all policies of a group."""
         group_size = self._experiment.parts.plan.group_size
         for number, (name, sampled) in enumerate(out.sampled.items()):
-            for record in rollout_records(self._experiment, jax.tree.map(lambda x: x[step], sampled)):
+            for record in rollout_records(self._read_by[name], jax.tree.map(lambda x: x[step], sampled)):
                 yield record | {"policy": name, "sample_id": number * group_size + record["sample_id"]}
 
     def skipped_in_a_row(self, state: cohort.States) -> int:

@@ -1,7 +1,6 @@
 """Driving the preference loop: batches of pairs, a reference live or precomputed, accuracy on held-out pairs."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import PyTree
 
 from rl_reason import build, processes
 from rl_reason.data.pairs import PairBatch, PairData, pairs_stream
-from rl_reason.drivers.base import Driver
+from rl_reason.drivers.base import Driver, run_chunk
 from rl_reason.loop import preference
 from rl_reason.loop.engine import Advanced
 from rl_reason.loop.preference import Pairs
@@ -70,17 +69,14 @@ class Preference(Driver):
 
     def advance(self, state: TrainState) -> Advanced:
         steps = self._experiment.config.steps_per_call
-        drawn = [next(self._stream) for _ in range(steps)]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
-        batches = Pairs(*processes.to_global(tuple(stacked), build.rows_sharding(self._experiment.mesh, leading=1)))
-        began = time.perf_counter()
-        state, metrics = self._chunk(state, batches)
-        metrics = processes.to_host(metrics)
-        timing = {"step": (time.perf_counter() - began) / steps}
+        out = run_chunk(self._chunk, state, Pairs(*self._drawn(steps)), steps)
         every = self._settings.heldout_every
-        if self._heldout is not None and every and int(state.step) % every == 0:
-            metrics |= {name: np.array([np.nan] * (steps - 1) + [x]) for name, x in self._accuracies(state).items()}
-        return Advanced(state, metrics, None, timing)
+        if self._heldout is None or not every or int(out.state.step) % every:
+            return out
+        accuracies = self._accuracies(out.state)
+        return out._replace(
+            metrics=out.metrics | {name: np.array([np.nan] * (steps - 1) + [x]) for name, x in accuracies.items()}
+        )
 
     def _new_stream(self):
         return pairs_stream(

@@ -4,7 +4,6 @@ import typing
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import build, processes, rewards
@@ -54,9 +53,7 @@ class Reinforcement(Driver):
             self._engine.prime(state, prompts, self._experiment.sampling)
 
     def advance(self, state: TrainState) -> Advanced:
-        drawn = [next(self._stream) for _ in range(self._steps)]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
-        prompts: Prompts = processes.to_global(stacked, build.rows_sharding(self._experiment.mesh, leading=1))
+        prompts: Prompts = self._drawn(self._steps)
         return self._engine.advance(state, prompts, self._experiment.sampling)
 
     def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
@@ -70,15 +67,14 @@ class Reinforcement(Driver):
 
 def make_stream(experiment: build.Experiment, rows: range):
     """The prompts of each step, with what the slots read of them besides."""
-    config, parts = experiment.config, experiment.parts
-    wants_reference = config.verify == "graph" or config.data.references or bool(parts.judges)
+    widths = experiment.parts.prompt_widths
     return prompt_stream(
         experiment.train,
         experiment.tokenizer,
-        batch_size=parts.plan.prompts_drawn,
-        prompt_len=config.data.max_prompt_len_tokens,
-        reference_len=config.data.max_reference_len_tokens if wants_reference else None,
-        demonstration_len=config.data.max_demonstration_len_tokens if parts.plan.demonstrations else None,
+        batch_size=experiment.parts.plan.prompts_drawn,
+        prompt_len=widths.prompt,
+        reference_len=widths.reference,
+        demonstration_len=widths.demonstration,
         rows=rows,
     )
 

@@ -1,14 +1,11 @@
 """Driving maximum likelihood as the whole of a run: worked solutions packed into rows."""
 
-import time
-
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import build, processes
 from rl_reason.data.packing import packed_stream
-from rl_reason.drivers.base import Driver
+from rl_reason.drivers.base import Driver, run_chunk
 from rl_reason.loop import supervised
 from rl_reason.loop.engine import Advanced
 from rl_reason.types import TrainState
@@ -32,7 +29,6 @@ class Supervised(Driver):
             direct_share=config.supervised.direct_share,
             rows=processes.local_rows(rows, config.supervised.rows_per_step),
         )
-        self._rows = build.rows_sharding(experiment.mesh, leading=1)
         self._chunk = jax.jit(supervised.make_packed_chunk(experiment.parts), donate_argnums=0)
 
     def initial_state(self, params: PyTree) -> TrainState:
@@ -40,10 +36,4 @@ class Supervised(Driver):
 
     def advance(self, state: TrainState) -> Advanced:
         steps = self._experiment.config.steps_per_call
-        drawn = [next(self._stream) for _ in range(steps)]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
-        packed = supervised.Demonstrations(*processes.to_global(tuple(stacked), self._rows))
-        began = time.perf_counter()
-        state, metrics = self._chunk(state, packed)
-        metrics = processes.to_host(metrics)
-        return Advanced(state, metrics, None, {"step": (time.perf_counter() - began) / steps})
+        return run_chunk(self._chunk, state, supervised.Demonstrations(*self._drawn(steps)), steps)

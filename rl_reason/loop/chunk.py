@@ -6,13 +6,13 @@ buffer and trains on what there is when it ends.
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from rl_reason.batch import split_strided
+from rl_reason.loop import waiting
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.step import (
     Sampled,
@@ -37,11 +37,12 @@ class Round(typing.NamedTuple):
     selected: Selected
     metrics: Metrics
     sampled: Sampled
+    kept: Bool[Array, "*rounds B"]  # groups with a row to train on, placed or not
 
 
-def kept_groups(parts: Parts, selected: Selected) -> Int[Array, ""]:
+def kept_groups(gathered: Round) -> Int[Array, ""]:
     """How many groups have a row to train on."""
-    return selected.keep.reshape(-1, parts.plan.train_group_size).any(1).sum(dtype=jnp.int32)
+    return gathered.kept.sum(dtype=jnp.int32)
 
 
 def judge(
@@ -58,7 +59,8 @@ def judge(
     metrics = rollout_metrics(parts, rollout, rewards, decode_steps)
     metrics["train/num_gen_batches"] = jnp.ones((), metrics["response_length/mean"].dtype)
     selected = choose_rows(parts, state, trained, rewards)
-    return Round(selected, metrics, sampled_rows(parts, prompts, rollout, rewards))
+    kept = selected.keep.reshape(-1, parts.plan.train_group_size).any(1)
+    return Round(selected, metrics, sampled_rows(parts, prompts, rollout, rewards), kept)
 
 
 def merge(parts: Parts, so_far: Round, new: Round) -> Round:
@@ -77,7 +79,8 @@ def merge(parts: Parts, so_far: Round, new: Round) -> Round:
 
     metrics = {name: average(name, so_far.metrics[name], fresh) for name, fresh in new.metrics.items()}
     selected = Selected(joined[0], joined[1], joined[2], new.selected.stats)
-    return Round(compact_groups(parts, selected), metrics, new.sampled)
+    kept = so_far.kept.at[rounds.astype(jnp.int32)].set(new.kept)
+    return Round(compact_groups(parts, selected), metrics, new.sampled, kept)
 
 
 def nothing_yet(parts: Parts, like: PyTree) -> Round:
@@ -86,11 +89,29 @@ def nothing_yet(parts: Parts, like: PyTree) -> Round:
     empty = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), like.selected[:3])
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     selected = Selected(empty[0], empty[1], empty[2], zeros(like.selected.stats))
-    return Round(selected, zeros(like.metrics), zeros(like.sampled))
+    kept = jnp.zeros((parts.plan.max_rounds, parts.plan.generated_prompts), bool)
+    return Round(selected, zeros(like.metrics), zeros(like.sampled), kept)
 
 
-def _in_rounds(parts: Parts, verify: Verify, state: TrainState, prompts: Prompts, sampling: Sampling) -> Round:
-    rounds = split_strided(prompts, parts.plan.max_rounds)
+def line_up(parts: Parts, stats: Mapping[str, typing.Any], prompts: Prompts) -> Prompts:
+    """The prompts of each round of a step, [rounds B ...]."""
+    return waiting.line_up(stats.get(waiting.NAME), prompts, parts.plan.max_rounds)
+
+
+def close(parts: Parts, gathered: Round, drawn: Prompts) -> tuple[Selected, Metrics]:
+    """What the rounds of a step leave to train on; kept groups without a place wait for the next one."""
+    selected, metrics = gathered.selected, gathered.metrics
+    if (queue := selected.stats.get(waiting.NAME)) is not None:
+        left = waiting.those_left(queue, drawn, gathered.kept, parts.plan.prompts_per_step)
+        selected = selected._replace(stats=selected.stats | {waiting.NAME: left})
+        metrics = metrics | {"train/waiting_prompts": left.taken.sum().astype(metrics["response_length/mean"].dtype)}
+    return selected, metrics
+
+
+def _in_rounds(
+    parts: Parts, verify: Verify, state: TrainState, prompts: Prompts, sampling: Sampling
+) -> tuple[Selected, Metrics, Sampled]:
+    rounds = line_up(parts, state.stats, prompts)
 
     def one(state: TrainState, index: Int[Array, ""]) -> Round:
         drawn = jax.tree.map(lambda x: x[index], rounds)
@@ -102,24 +123,25 @@ def _in_rounds(parts: Parts, verify: Verify, state: TrainState, prompts: Prompts
 
     def unfilled(carry: tuple[Int[Array, ""], Round]) -> Array:
         index, so_far = carry
-        return (index < parts.plan.max_rounds) & (kept_groups(parts, so_far.selected) < parts.plan.prompts_per_step)
+        return (index < parts.plan.max_rounds) & (kept_groups(so_far) < parts.plan.prompts_per_step)
 
     def body(carry: tuple[Int[Array, ""], Round]) -> tuple[Int[Array, ""], Round]:
         index, so_far = carry
         current = dataclasses.replace(state, stats=so_far.selected.stats)
         return index + 1, merge(parts, so_far, one(current, index))
 
-    return jax.lax.while_loop(unfilled, body, (jnp.int32(0), start))[1]
+    gathered = jax.lax.while_loop(unfilled, body, (jnp.int32(0), start))[1]
+    return *close(parts, gathered, rounds), gathered.sampled
 
 
 def make_step(parts: Parts, verify: Verify) -> Callable:
     """The fused step: (state, prompts, sampling) -> (state, (metrics, sampled)); ``verify`` runs inside the program."""
 
     def step(state: TrainState, prompts: Prompts, sampling: Sampling):
-        if parts.plan.max_rounds > 1:
-            gathered = _in_rounds(parts, verify, state, prompts, sampling)
-            state, metrics = train_phase(parts, state, gathered.selected, sampling)
-            return state, (gathered.metrics | metrics, gathered.sampled)
+        if parts.plan.in_rounds:
+            selected, metrics, sampled = _in_rounds(parts, verify, state, prompts, sampling)
+            state, trained = train_phase(parts, state, selected, sampling)
+            return state, (metrics | trained, sampled)
         rollout, decode_steps = sample_phase(parts, state, prompts, sampling)
         verdicts = verify(rollout, prompts)
         state, metrics, sampled = learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)

@@ -1,8 +1,11 @@
 """The cohort loop: several policies answer the same prompts, vote, and learn from the vote, each on its own samples.
 
-    for each policy   draw_<policy>    rollout, verdicts, answers
+    for each policy   draw_<policy>    rollout; with verifiers in graph verdicts and answers too
     for all           vote             ids over [B M K], rewards [N] a policy; needs all draws, which is the barrier
     for each policy   learn_<policy>   the loop's own update, with those rewards in place of its reward slot
+
+In graph all policies read and write one tokenizer's tokens. With verifiers on the host answers are compared as texts, and
+each policy may have a tokenizer, and so prompts, of its own.
 
 Policies may differ in size, so that each has programs of its own; one is in memory with its gradients at a time. No
 gradient crosses: what passes between programs are tokens, answers and rewards. Verdicts are for the metrics alone, and
@@ -15,6 +18,7 @@ M policies, K samples each, B prompts, N = B K rows a policy.
 import dataclasses
 import functools
 import itertools
+import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -22,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rl_reason import voting
-from rl_reason.loop.engine import Advanced, Clock, step_by_step
+from rl_reason import processes, voting
+from rl_reason.loop.engine import Advanced, Clock, step_by_step, verdicts_everywhere
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.step import learn_phase, sample_phase
+from rl_reason.loop.step import Sampled, learn_phase, sample_phase
 from rl_reason.masked import masked_mean
 from rl_reason.methods import rlccf, ttrl
 from rl_reason.models.transformer import ModelConfig
@@ -33,9 +37,10 @@ from rl_reason.sampling import Sampling
 from rl_reason.sharding import constrain_rows
 from rl_reason.slots import Slot
 from rl_reason.tasks.answer_ids import Spell, Spelled, class_ids, join
-from rl_reason.types import Metrics, Prompts, Rewards, TrainState, Verdicts, Verify
+from rl_reason.types import Metrics, Prompts, Rewards, Rollout, TrainState, Verdicts, Verify
 
 Vote = Callable[[Int[Array, "B M K"]], rlccf.Vote]
+AskHost = Callable[[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray], dict[str, tuple]]  # rewards.CohortVerifier
 States = dict[str, TrainState]  # by policy
 HIDDEN = frozenset({"correct", "success_rate"})  # what verdicts make of rows; labels, that is
 
@@ -107,14 +112,14 @@ def vote_phase(
     names: Sequence[str],
     vote: Vote,
     group_size: int,
-    answers: Mapping[str, Spelled],
     verdicts: Mapping[str, Verdicts],
 ) -> tuple[dict[str, Rewards], Metrics]:
-    """Rewards by policy. ``correct`` is the verdict, for metrics; rows without a verdict vote but are not trained on."""
-    rows = verdicts[names[0]].score.shape[0]
+    """Rewards by policy; ``answers`` of verdicts are numbered over all rows of a prompt.
+
+    ``correct`` is the verdict, for metrics; rows without a verdict vote but are not trained on.
+    """
     side_by_side = lambda of: jnp.stack([of(name).reshape(-1, group_size) for name in names], axis=1)
-    ids = class_ids(join([answers[name] for name in names], rows // group_size), len(names) * group_size)
-    ids = ids.reshape(-1, len(names), group_size)
+    ids = side_by_side(lambda name: verdicts[name].answers)
     right = side_by_side(lambda name: verdicts[name].valid & (verdicts[name].score >= 1.0))
     valid = side_by_side(lambda name: verdicts[name].valid)
     result = vote(ids)
@@ -124,6 +129,32 @@ def vote_phase(
         own = lambda x, m=m, dtype=dtype: x[:, m].reshape(-1).astype(dtype)
         rewards[name] = constrain_rows(Rewards(own(result.rewards), own(right), verdicts[name].valid))
     return rewards, vote_metrics(names, ids, result, right, valid)
+
+
+def compared(
+    names: Sequence[str], group_size: int, answers: Mapping[str, Spelled], verdicts: Mapping[str, Verdicts]
+) -> dict[str, Verdicts]:
+    """The verdicts, with ``answers`` numbered over all rows of a prompt."""
+    rows = verdicts[names[0]].score.shape[0]
+    ids = class_ids(join([answers[name] for name in names], rows // group_size), len(names) * group_size)
+    ids = ids.reshape(-1, len(names), group_size)
+    own = lambda m: ids[:, m].reshape(-1)
+    return {name: dataclasses.replace(verdicts[name], answers=own(m)) for m, name in enumerate(names)}
+
+
+def learn(
+    parts: Parts,
+    state: TrainState,
+    prompts: Prompts,
+    rollout: Rollout,
+    decode_steps: Int[Array, ""],
+    verdicts: Verdicts,
+    rewards: Rewards,
+    sampling: Sampling,
+) -> tuple[TrainState, Metrics, Sampled]:
+    """A policy's own update, with what was voted in place of its reward slot."""
+    voted = dataclasses.replace(parts, slots={**parts.slots, "reward": Slot(lambda: rewards, frozenset())})
+    return learn_phase(voted, state, prompts, rollout, verdicts, decode_steps, sampling)
 
 
 def over_policies(names: Sequence[str], metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,8 +203,17 @@ def _named(fn: Callable, name: str) -> Callable:
     return fn
 
 
+class Read(typing.NamedTuple):
+    """What reads completions inside the programs: their verdicts, and the bytes of their answers."""
+
+    verify: Verify
+    spell: Spell
+
+
 class Cohort:
     """Several policies, a step at a time: all draw, all vote, each learns.
+
+    ``read`` reads completions in graph, or asks the host about all of them.
 
     Raises:
         ValueError: policies whose batches do not fit together, or slots that read verdicts.
@@ -182,32 +222,38 @@ class Cohort:
     draws_ahead = False
     pending = None
 
-    def __init__(self, policies: Mapping[str, Parts], verify: Verify, spell: Spell, vote: Vote):
+    def __init__(self, policies: Mapping[str, Parts], read: Read | AskHost, vote: Vote, mesh: jax.sharding.Mesh):
         check(policies)
         self._names = names = tuple(policies)
-        group_size = policies[names[0]].plan.group_size
+        self._group_size = group_size = policies[names[0]].plan.group_size
+        self._mesh, self._ask = mesh, None if isinstance(read, Read) else read
 
         def draw(parts, state, prompts, sampling):
             rollout, decode_steps = sample_phase(parts, state, prompts, sampling)
-            answers = spell(rollout.tokens, rollout.completion_mask)
-            return rollout, decode_steps, verify(rollout, prompts), answers
-
-        def learn(parts, state, prompts, rollout, verdicts, rewards, decode_steps, sampling):
-            voted = dataclasses.replace(parts, slots={**parts.slots, "reward": Slot(lambda: rewards, frozenset())})
-            return learn_phase(voted, state, prompts, rollout, verdicts, decode_steps, sampling)
+            said = None
+            if isinstance(read, Read):
+                said = read.verify(rollout, prompts), read.spell(rollout.tokens, rollout.completion_mask)
+            return rollout, decode_steps, said
 
         def compiled(fn, word, **kwargs):
             made = {name: functools.partial(fn, parts) for name, parts in policies.items()}
             return {name: jax.jit(_named(f, f"{word}_{name}"), **kwargs) for name, f in made.items()}
 
         self._draw, self._learn = compiled(draw, "draw"), compiled(learn, "learn", donate_argnums=0)
-        together = functools.partial(vote_phase, names, vote, group_size)
+
+        def together(said):
+            if isinstance(read, Read):
+                verdicts, answers = ({name: said[name][i] for name in names} for i in range(2))
+                said = compared(names, group_size, answers, verdicts)
+            return *vote_phase(names, vote, group_size, said), said
+
         self._vote = jax.jit(_named(together, "vote"))
         # Compiled by the first step, and then never again.
         self.programs = (*(f"{word}_{name}" for name in names for word in ("draw", "learn")), "vote")
 
-    def advance(self, states: States, prompts: Prompts, sampling: Sampling) -> Advanced:
-        """Runs as many steps as ``prompts`` has leading entries; ``states`` are consumed.
+    def advance(self, states: States, prompts: Mapping[str, Prompts], sampling: Sampling) -> Advanced:
+        """Runs as many steps as ``prompts``, of each policy the same in its own tokens, have leading entries; ``states`` are
+        consumed.
 
         States and samples come back by policy; metrics are ``<policy>/...``, ``cohort/...``, and the loop's own names over
         all policies.
@@ -224,17 +270,31 @@ class Cohort:
         states, (metrics, sampled), timing = step_by_step(step, states, prompts)
         return Advanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
 
-    def _step(self, states: States, batch: Prompts, sampling: Sampling, clock: Clock):
-        drawn = {name: self._draw[name](states[name], batch, sampling) for name in self._names}
+    def _step(self, states: States, batch: Mapping[str, Prompts], sampling: Sampling, clock: Clock):
+        drawn = {name: self._draw[name](states[name], batch[name], sampling) for name in self._names}
         jax.block_until_ready(drawn)
         clock.mark("gen")
-        verdicts, answers = ({name: drawn[name][i] for name in self._names} for i in (2, 3))
-        rewards, metrics = jax.block_until_ready(self._vote(answers, verdicts))
+        said = {name: of for name, (_, _, of) in drawn.items()} if self._ask is None else self._asked(drawn, batch)
+        rewards, metrics, verdicts = jax.block_until_ready(self._vote(said))
         clock.mark("reward")
         learned, sampled = {}, {}
         for name in self._names:
-            rollout, decode_steps, *_ = drawn.pop(name)
-            given = (batch, rollout, verdicts[name], rewards[name], decode_steps, sampling)
+            rollout, decode_steps, _ = drawn.pop(name)
+            given = (batch[name], rollout, decode_steps, verdicts[name], rewards[name], sampling)
             learned[name], own, sampled[name] = self._learn[name](states[name], *given)
             metrics |= {f"{name}/{key}": value for key, value in own.items()}
         return learned, (metrics, sampled)
+
+    def _asked(self, drawn: Mapping[str, tuple], batch: Mapping[str, Prompts]) -> dict[str, Verdicts]:
+        """Verdicts of the host: each process asks about its own rows, which are the same of every policy."""
+        assert self._ask is not None
+        uid = np.repeat(processes.to_host(batch[self._names[0]].uid), self._group_size)
+        index, rows = np.arange(0), {}
+        for name, (rollout, *_) in drawn.items():
+            index, tokens = processes.own_rows(rollout.tokens)
+            rows[name] = tokens, processes.own_rows(rollout.completion_mask)[1]
+        found = self._ask(rows, uid[index])
+        dtype = lambda name: drawn[name][0].rollout_logprobs.dtype
+        return {
+            name: verdicts_everywhere(own, index, len(uid), dtype(name), self._mesh) for name, own in found.items()
+        }

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from rl_reason import processes
-from rl_reason.batch import split_strided
-from rl_reason.loop.chunk import Round, judge, kept_groups, make_chunk, merge, nothing_yet
+from rl_reason.loop.chunk import Round, close, judge, kept_groups, line_up, make_chunk, merge, nothing_yet
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.step import learn_phase, sample_phase, train_phase
 from rl_reason.rewards import ScoreRows
@@ -78,7 +77,9 @@ class Split:
         # For filters that sample in several rounds.
         self._judge = jax.jit(lambda state, *drawn: judge(parts, state, *drawn))
         self._merge = jax.jit(lambda so_far, new: merge(parts, so_far, new))
-        self._count = jax.jit(lambda gathered: kept_groups(parts, gathered.selected))
+        self._count = jax.jit(kept_groups)
+        self._line_up = jax.jit(lambda stats, prompts: line_up(parts, stats, prompts))
+        self._close = jax.jit(lambda gathered, drawn: close(parts, gathered, drawn))
         self.pending: PyTree = None
 
     def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:
@@ -87,7 +88,7 @@ class Split:
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the next steps' batches."""
-        one = self._step_in_rounds if self._parts.plan.max_rounds > 1 else self._step
+        one = self._step_in_rounds if self._parts.plan.in_rounds else self._step
         step = lambda state, batch, clock: one(state, batch, sampling, clock)
         state, (metrics, sampled), timing = step_by_step(step, state, prompts)
         return Advanced(state, metrics, sampled, timing)
@@ -109,7 +110,9 @@ class Split:
         plan = self._parts.plan
         gathered: Round | None = None
         stats = state.stats
-        for drawn in _rounds(batch, plan.max_rounds):
+        rounds = self._line_up(stats, batch)
+        for index in range(plan.max_rounds):
+            drawn = jax.tree.map(lambda x, index=index: x[index], rounds)
             current = dataclasses.replace(state, stats=stats)
             rollout, decode_steps = self._draw(current, drawn, sampling)
             jax.block_until_ready(rollout.tokens)
@@ -125,10 +128,11 @@ class Split:
             if int(self._count(gathered)) >= plan.prompts_per_step:
                 break
         assert gathered is not None
+        selected, metrics = self._close(gathered, rounds)
         # The state is donated: statistics that it shares with what was gathered must be arrays of their own.
-        selected = gathered.selected._replace(stats=jax.tree.map(jnp.copy, stats))
-        state, metrics = self._train(state, selected, sampling)
-        return state, (gathered.metrics | metrics, gathered.sampled)
+        selected = selected._replace(stats=jax.tree.map(jnp.copy, selected.stats))
+        state, trained = self._train(state, selected, sampling)
+        return state, (metrics | trained, gathered.sampled)
 
     def _score(self, batch: Prompts, rollout) -> Verdicts:
         """Each row is scored by the one process that owns it; then all processes are told."""
@@ -136,13 +140,20 @@ class Split:
         index, tokens = processes.own_rows(rollout.tokens)
         _, mask = processes.own_rows(rollout.completion_mask)
         found = self._verifier(tokens, mask, uid[index])  # score, valid, and answers where they are wanted
-        everywhere = np.zeros((len(found), len(uid)), np.float32)
-        everywhere[:, index] = found
-        score, valid, *answers = processes.sum_over_processes(everywhere)
-        sharding = NamedSharding(self._mesh, P(ROWS))
-        put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
-        numbers = put(answers[0].astype(np.int32)) if answers else None
-        return Verdicts(put(score.astype(rollout.rollout_logprobs.dtype)), put(valid > 0), numbers)
+        return verdicts_everywhere(found, index, len(uid), rollout.rollout_logprobs.dtype, self._mesh)
+
+
+def verdicts_everywhere(
+    found: Sequence[np.ndarray], index: np.ndarray, rows: int, dtype: typing.Any, mesh: jax.sharding.Mesh
+) -> Verdicts:
+    """What each process found of its own rows (score, valid, and answers where there are some), as global arrays."""
+    everywhere = np.zeros((len(found), rows), np.float32)
+    everywhere[:, index] = found
+    score, valid, *answers = processes.sum_over_processes(everywhere)
+    sharding = NamedSharding(mesh, P(ROWS))
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+    numbers = put(answers[0].astype(np.int32)) if answers else None
+    return Verdicts(put(score.astype(dtype)), put(valid > 0), numbers)
 
 
 class Clock:
@@ -159,13 +170,13 @@ class Clock:
         self._last = now
 
 
-def step_by_step(step: Callable, state: PyTree, prompts: Prompts) -> tuple[PyTree, PyTree, dict[str, float]]:
+def step_by_step(step: Callable, state: PyTree, prompts: PyTree) -> tuple[PyTree, PyTree, dict[str, float]]:
     """Drives ``step(state, batch, clock) -> (state, out)`` over the leading axis of ``prompts``.
 
     Returns the state, what the steps gave, stacked and on the host, and seconds a step.
     """
     outputs, clocks = [], []
-    steps = prompts.prompt_len.shape[0]
+    steps = jax.tree.leaves(prompts)[0].shape[0]
     for k in range(steps):
         clock = Clock()
         state, out = step(state, jax.tree.map(lambda x, k=k: x[k], prompts), clock)
@@ -174,12 +185,6 @@ def step_by_step(step: Callable, state: PyTree, prompts: Prompts) -> tuple[PyTre
         clocks.append(clock.seconds | {"step": sum(clock.seconds.values())})
     timing = {name: sum(clock[name] for clock in clocks) / steps for name in clocks[0]}
     return state, jax.tree.map(lambda *x: np.stack(x), *outputs), timing
-
-
-def _rounds(batch: Prompts, rounds: int) -> list[Prompts]:
-    """The prompts of each round; the same cut as the fused loop's."""
-    cut = jax.jit(lambda batch: split_strided(batch, rounds))(batch)
-    return [jax.tree.map(lambda x, r=r: x[r], cut) for r in range(rounds)]
 
 
 Engine = Fused | Split

@@ -9,6 +9,7 @@ import optax
 from rl_reason.batch import BatchPlan
 from rl_reason.judging import Judge
 from rl_reason.loop.token_reward import TokenReward
+from rl_reason.loop.waiting import PromptWidths
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.slots import Slot
@@ -21,6 +22,7 @@ class Parts:
     model: ModelConfig
     rollout: RolloutConfig
     plan: BatchPlan
+    prompt_widths: PromptWidths
     slots: Mapping[str, Slot | None]
     optimizer: optax.GradientTransformation
     schedule: Callable[[typing.Any], typing.Any]  # learning rate by update, for the metrics

@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rl_reason import processes
-from rl_reason.batch import merge_strided, split_strided
+from rl_reason.batch import in_pieces
 from rl_reason.loop.parts import Parts
-from rl_reason.loop.update import apply_gradient
-from rl_reason.models import moe
+from rl_reason.loop.update import apply_gradient, router_terms, streamed
 from rl_reason.models.moe import RouterStatistics
 from rl_reason.models.score import score
 from rl_reason.models.transformer import ModelConfig
@@ -91,14 +90,13 @@ class PreferenceSetting:
                 f"microbatches={self.microbatches} at least 1."
             )
 
-    def split(self, tree: PyTree, num_pairs: int) -> PyTree:
-        """[M, ...] -> [microbatches, M / microbatches, ...]. Raises ValueError where that does not divide."""
+    def check_divides(self, num_pairs: int) -> None:
+        """Raises ValueError for a batch that microbatches do not cut evenly."""
         if num_pairs % self.microbatches:
             raise ValueError(
                 f"preference: {num_pairs} pairs a step / microbatches={self.microbatches} = "
                 f"{num_pairs / self.microbatches:g} pairs; use a divisor of {num_pairs}."
             )
-        return split_strided(tree, self.microbatches)
 
     def scores(self, model: ModelConfig, params: PyTree, pairs: Pairs) -> PairScores:
         """``pair_logprobs`` in this setting."""
@@ -118,13 +116,14 @@ def with_reference(parts: Parts, setting: PreferenceSetting, ref_params: PyTree 
             "Pairs without ref_chosen_logprobs and ref_rejected_logprobs need TrainState.ref_params; keep a reference, or "
             "make them before the run with loop.preference.precompute_reference."
         )
-    run = lambda rows: setting.scores(parts.model, ref_params, rows)
-    if setting.microbatches == 1:
-        scores = run(pairs)
-    else:
-        _, stacked = jax.lax.scan(lambda _, rows: (None, run(rows)), None, setting.split(pairs, len(pairs.prompt_len)))
-        scores = merge_strided(dataclasses.replace(stacked, router=None))
-    return dataclasses.replace(pairs, ref_chosen_logprobs=scores.chosen, ref_rejected_logprobs=scores.rejected)
+    setting.check_divides(len(pairs.prompt_len))
+
+    def run(rows: Pairs) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+        scores = setting.scores(parts.model, ref_params, rows)
+        return scores.chosen, scores.rejected
+
+    chosen, rejected = in_pieces(run, pairs, setting.microbatches)
+    return dataclasses.replace(pairs, ref_chosen_logprobs=chosen, ref_rejected_logprobs=rejected)
 
 
 def loss_of_scores(
@@ -152,12 +151,8 @@ def loss_of_scores(
         "response_length/rejected": rejected_len.astype(loss.dtype).mean(),
         "preference/empty_fraction": ((chosen_len == 0) | (rejected_len == 0)).astype(loss.dtype).mean(),
     }
-    if scores.router is not None:
-        metrics["router/balance_loss"] = moe.balance_loss(scores.router)
-        metrics["router/z_loss"] = moe.z_loss(scores.router)
-        loss += parts.router_coefs["balance"] * metrics["router/balance_loss"]
-        loss += parts.router_coefs["z"] * metrics["router/z_loss"]
-    return loss, metrics
+    routing, measured = router_terms(parts, scores.router)
+    return loss + routing, metrics | measured
 
 
 def loss_and_gradient(
@@ -173,24 +168,9 @@ def loss_and_gradient(
         (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
         return loss, metrics, grads
 
-    num_pairs = len(pairs.prompt_len)
-    micro = setting.split(pairs, num_pairs)
-    _, stacked = jax.lax.scan(lambda _, rows: (None, run(params, rows)), None, micro)
-    router = jax.tree.map(lambda x: x.sum(0), stacked.router)
-    scores = dataclasses.replace(merge_strided(dataclasses.replace(stacked, router=None)), router=router)
-    loss, pull_back, metrics = jax.vjp(lambda s: loss_of_scores(parts, setting, s, pairs), scores, has_aux=True)
-    (cotangent,) = pull_back(jnp.ones_like(loss))
-    rows_cotangent = setting.split(dataclasses.replace(cotangent, router=None), num_pairs)
-
-    def accumulate(total, piece):
-        rows, cotangent_of_rows = piece
-        _, pull_back = jax.vjp(lambda p: run(p, rows), params)
-        # Router sums add up over microbatches, so each has the sum's cotangent.
-        (grads,) = pull_back(dataclasses.replace(cotangent_of_rows, router=cotangent.router))
-        return jax.tree.map(jnp.add, total, grads), None
-
-    grads, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (micro, rows_cotangent))
-    return loss, metrics, grads
+    setting.check_divides(len(pairs.prompt_len))
+    loss_of = lambda scores: loss_of_scores(parts, setting, scores, pairs)
+    return streamed(run, loss_of, params, pairs, setting.microbatches)
 
 
 def make_chunk(parts: Parts, setting: PreferenceSetting) -> Callable:

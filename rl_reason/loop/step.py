@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason import judging
 from rl_reason import rollout as rollout_lib
-from rl_reason.batch import merge_strided, split_strided
+from rl_reason.batch import in_pieces, split_strided
 from rl_reason.loop import token_reward
 from rl_reason.loop.demonstrations import demonstration_rows, join_groups
 from rl_reason.loop.parts import Parts
@@ -289,14 +289,8 @@ def _score_in_pieces(
 ) -> Float[Array, "N T"]:
     """Log-probabilities of all rows, no more of them at a time than a microbatch holds."""
     rows = ScoredRows(rows.tokens, rows.prompt_len, rows.row_mask, rows.expert_ids)
-    pieces = parts.plan.pieces_of(rows.tokens.shape[0])
-    if pieces == 1:
-        return score_rows(parts, params, rows, temperature).logprobs
-    micro = split_strided(rows, pieces)
-    _, logprobs = jax.lax.scan(
-        lambda _, piece: (None, score_rows(parts, params, piece, temperature).logprobs), None, micro
-    )
-    return merge_strided(logprobs)
+    run = lambda piece: score_rows(parts, params, piece, temperature).logprobs
+    return in_pieces(run, rows, parts.plan.pieces_of(rows.tokens.shape[0]))
 
 
 def _advantage_metrics(advantages: Float[Array, "N T"], mask: Bool[Array, "N T"]) -> Metrics:

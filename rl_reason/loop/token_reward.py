@@ -5,6 +5,7 @@ wrong; what it says of single tokens then weighs them in the policy's loss.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from rl_reason.batch import merge_strided, split_strided
+from rl_reason.batch import in_pieces
+from rl_reason.loop.guarded import optimizer_step
 from rl_reason.masked import masked_mean
 from rl_reason.models import reward_head
 from rl_reason.models.transformer import ModelConfig
@@ -54,9 +56,7 @@ def scores(static: TokenReward, params: PyTree, rows: Rows, pieces: int) -> Floa
     def run(rows: Rows) -> Float[Array, "n T"]:
         return jnp.where(rows.mask, reward_head.token_logits(params, rows.tokens, rows.valid, static.model), 0.0)
 
-    if pieces == 1:
-        return run(rows)
-    return merge_strided(jax.lax.scan(lambda _, piece: (None, run(piece)), None, split_strided(rows, pieces))[1])
+    return in_pieces(run, rows, pieces)
 
 
 def loss(
@@ -82,8 +82,6 @@ def update(
     (_, metrics), grads = gradient(state["params"])
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
-    grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
-    updates, opt_state = static.optimizer.update(grads, state["opt_state"], state["params"])
-    new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, dict(state))
-    return new, metrics | {"token_reward/grad_norm": norm}
+    step = functools.partial(optimizer_step, static.optimizer, finite=finite, taken=finite)
+    params, opt_state = step(state["params"], state["opt_state"], grads)
+    return {"params": params, "opt_state": opt_state}, metrics | {"token_reward/grad_norm": norm}

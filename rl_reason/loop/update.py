@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import re
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from rl_reason import policy
 from rl_reason.aggregation import aggregate, token_set
 from rl_reason.batch import merge_strided, split_strided
+from rl_reason.loop.guarded import optimizer_step
 from rl_reason.loop.parts import Parts
 from rl_reason.masked import masked_mean
 from rl_reason.models import moe
 from rl_reason.models.score import Scores, score
-from rl_reason.sharding import path_name
+from rl_reason.sharding import path_matches
 from rl_reason.types import Metrics, TrainState, struct
+
+S = typing.TypeVar("S", bound=typing.Any)  # scores of rows
 
 
 @struct
@@ -142,12 +145,17 @@ def _regularisers(parts: Parts, scores: Scores, batch: Minibatch) -> tuple[Float
     if entropy := parts.regularisers.get("entropy"):
         metrics["actor/entropy_loss"] = aggregate(scores.entropy, mask, entropy["how"], entropy["divisor"])
         total -= entropy["coef"] * metrics["actor/entropy_loss"]
-    if scores.router is not None:
-        metrics["router/balance_loss"] = moe.balance_loss(scores.router)
-        metrics["router/z_loss"] = moe.z_loss(scores.router)
-        total += parts.router_coefs["balance"] * metrics["router/balance_loss"]
-        total += parts.router_coefs["z"] * metrics["router/z_loss"]
-    return total, metrics
+    routing, measured = router_terms(parts, scores.router)
+    return total + routing, metrics | measured
+
+
+def router_terms(parts: Parts, router: moe.RouterStatistics | None) -> tuple[Float[Array, ""] | float, Metrics]:
+    """What a mixture of experts adds to a loss, and its metrics; nothing for a dense model."""
+    if router is None:
+        return 0.0, {}
+    losses = {"balance": moe.balance_loss(router), "z": moe.z_loss(router)}
+    total = sum(parts.router_coefs[name] * loss for name, loss in losses.items())
+    return total, {f"router/{name}_loss": loss for name, loss in losses.items()}
 
 
 def loss_and_gradient(
@@ -171,22 +179,40 @@ def loss_and_gradient(
             return loss, metrics, grads
         return _microbatch_scope(gradient, params, batch, key, pieces)
 
-    micro = split_strided(batch, pieces)
-    _, stacked = jax.lax.scan(lambda _, rows: (None, run(params, rows, temperature)), None, micro)
-    router = jax.tree.map(lambda x: x.sum(0), stacked.router)
-    scores = Scores(merge_strided(stacked.logprobs), merge_strided(stacked.entropy), router)
-    loss, pull_back, metrics = jax.vjp(lambda s: loss_of_scores(parts, s, batch, key), scores, has_aux=True)
+    loss_of = lambda scores: loss_of_scores(parts, scores, batch, key)
+    return streamed(lambda params, rows: run(params, rows, temperature), loss_of, params, batch, pieces)
+
+
+def streamed(
+    run: Callable[[PyTree, PyTree], S],
+    loss_of: Callable[[S], tuple[Float[Array, ""], Metrics]],
+    params: PyTree,
+    rows: PyTree,
+    pieces: int,
+) -> tuple[Float[Array, ""], Metrics, PyTree]:
+    """Loss, metrics and gradient of ``loss_of(run(params, rows))`` with ``pieces`` of the rows in memory at a time.
+
+    Scores are a struct of numbers a row and of ``router``, whose sums add up over the pieces.
+    """
+    micro = split_strided(rows, pieces)
+
+    def forward(_, piece):
+        scores = run(params, piece)
+        return None, (dataclasses.replace(scores, router=None), scores.router)
+
+    _, (of_rows, routers) = jax.lax.scan(forward, None, micro)
+    scores = dataclasses.replace(merge_strided(of_rows), router=jax.tree.map(lambda x: x.sum(0), routers))
+    loss, pull_back, metrics = jax.vjp(loss_of, scores, has_aux=True)
     (cotangent,) = pull_back(jnp.ones_like(loss))
-    rows_cotangent = split_strided((cotangent.logprobs, cotangent.entropy), pieces)
+    own = split_strided(dataclasses.replace(cotangent, router=None), pieces)
 
     def accumulate(total, piece):
-        rows, (d_logprobs, d_entropy) = piece
-        _, pull_back = jax.vjp(lambda p: run(p, rows, temperature), params)
-        (grads,) = pull_back(Scores(d_logprobs, d_entropy, cotangent.router))
+        rows, of_piece = piece
+        _, pull_back = jax.vjp(lambda p: run(p, rows), params)
+        (grads,) = pull_back(dataclasses.replace(of_piece, router=cotangent.router))
         return jax.tree.map(jnp.add, total, grads), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(accumulate, zeros, (micro, rows_cotangent))
+    grads, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (micro, own))
     return loss, metrics, grads
 
 
@@ -207,8 +233,8 @@ def _microbatch_scope(gradient, params, batch, key, pieces):
 
 def without_frozen(grads: PyTree, frozen: tuple[str, ...]) -> PyTree:
     """The gradient with zeros for parameters whose path any of the patterns is found in, as in ``layers/moe/router``."""
-    is_frozen = lambda path: any(re.search(pattern, path_name(path)) for pattern in frozen)
-    return jax.tree_util.tree_map_with_path(lambda path, g: jnp.zeros_like(g) if is_frozen(path) else g, grads)
+    keep = lambda path, g: jnp.zeros_like(g) if path_matches(path, frozen) else g
+    return jax.tree_util.tree_map_with_path(keep, grads)
 
 
 class Applied(typing.NamedTuple):
@@ -229,11 +255,8 @@ def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grad
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     taken = finite & (norm <= parts.skip_above_norm) if parts.skip_above_norm else finite
-    # Zeros keep NaN out of the optimizer's arithmetic; the select below discards what it makes of them.
-    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
-    updates, opt_state = parts.optimizer.update(safe, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
+    step = functools.partial(optimizer_step, parts.optimizer, finite=finite, taken=taken)
+    params, opt_state = step(state.params, state.opt_state, grads)
     skipped = (~taken).astype(jnp.int32)
     stats = state.stats | {
         "skipped_updates": state.stats["skipped_updates"] + skipped,
@@ -245,7 +268,4 @@ def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grad
         "actor/lr": jnp.asarray(parts.schedule(state.stats["updates"]), norm.dtype),
         "actor/skipped_updates": skipped.astype(norm.dtype),
     }
-    new = dataclasses.replace(
-        state, params=choose(params, state.params), opt_state=choose(opt_state, state.opt_state), stats=stats
-    )
-    return Applied(new, metrics)
+    return Applied(dataclasses.replace(state, params=params, opt_state=opt_state, stats=stats), metrics)

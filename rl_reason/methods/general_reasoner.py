@@ -7,6 +7,7 @@ the number of sampled tokens that write it, where the code tokenises the extract
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from rl_reason.policy import full_marks
 from rl_reason.tags import Format, Tokenizer, find_answer
 from rl_reason.types import Prompts, Rewards, Rollout
 
@@ -43,9 +44,9 @@ def reward(
     wanted = (prompts.reference != tokenizer.pad_id).sum(1)[rollout.prompt_id]
     gap = jnp.abs(writes.sum(1) - wanted).astype(score.dtype)
 
-    correct = jnp.where(valid, score, 0.0) >= 1.0
+    correct = full_marks(score, valid)
     passed = 1.0 - length_coef * jnp.minimum(gap, max_length_gap_tokens)
-    total = jnp.where(extracted, jnp.where(correct, passed, 0.0), no_answer)
+    total = jnp.where(extracted, jnp.where(correct > 0, passed, 0.0), no_answer)
     as_float = lambda x: x.astype(score.dtype)
     parts = dict(format=as_float(extracted), length_gap=jnp.where(extracted, gap, 0.0))
-    return Rewards(total=as_float(total), correct=as_float(correct), valid=valid, parts=parts)
+    return Rewards(total=as_float(total), correct=correct, valid=valid, parts=parts)

@@ -1,10 +1,9 @@
 """GRPO: group-relative advantages and the clipped policy gradient (arXiv:2402.03300)."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rl_reason.masked import masked_sum
-from rl_reason.policy import dual_clip, group_centred, kl_estimate, ppo_losses, ppo_metrics, probability_ratio
+from rl_reason.policy import dual_clip, group_std, kl_estimate, ppo_losses, ppo_metrics, probability_ratio
 from rl_reason.types import Metrics
 
 
@@ -21,12 +20,8 @@ def advantages(
     Exactly 0 where all valid rewards are equal, where a group has one valid sample, and for invalid rows.
     ``ddof`` 1 is verl's unbiased standard deviation, 0 the population's.
     """
-    centred, count, equal = group_centred(rewards, valid)
-    if not divide_by_std:
-        return centred
-    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1)
-    std = jnp.sqrt(jnp.where(equal, 1.0, variance))
-    return centred / (std + std_eps)
+    centred, std = group_std(rewards, valid, ddof)
+    return centred / (std + std_eps) if divide_by_std else centred
 
 
 def advantages_with_kl(

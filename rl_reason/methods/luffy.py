@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rl_reason.masked import masked_mean
-from rl_reason.policy import group_centred, ppo_losses, ppo_metrics, probability_ratio
+from rl_reason.policy import group_std, ppo_losses, ppo_metrics, probability_ratio
 from rl_reason.types import Metrics
 
 
@@ -66,10 +66,8 @@ def sampled_advantages(
 
     What the baseline with an SFT loss uses: there a demonstration teaches by its own term. Exactly 0 where all are equal.
     """
-    sampled = valid & ~off_policy
-    centred, count, equal = group_centred(rewards, sampled)
-    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
-    return centred / (jnp.sqrt(jnp.where(equal, 1.0, variance)) + std_eps)
+    centred, std = group_std(rewards, valid & ~off_policy, ddof=1)
+    return centred / (std + std_eps)
 
 
 def _metrics(logprobs, old_logprobs, probability, shaped, shown, drawn) -> Metrics:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rl_reason.masked import masked_sum
-from rl_reason.policy import group_centred
+from rl_reason.policy import full_marks, group_std
 from rl_reason.types import Prompts, Rewards, Rollout
 
 KINDS = ("rule", "task", "judge", "preference")
@@ -56,7 +55,7 @@ def reward(
     kind = jnp.array([KINDS.index(name) for name in kinds], jnp.int32)[prompts.route][rollout.prompt_id]
     group_size = rows // prompts.tokens.shape[0]
     routed = route(kind, score, score, label, preference, valid, rollout.truncated, group_size)
-    verdict = (jnp.where(valid, score, 0.0) >= 1.0).astype(score.dtype)
+    verdict = full_marks(score, valid)
     differs = ((kind == JUDGE) & (routed.correct != verdict)).astype(score.dtype)
     parts = routed.parts | {"verdict": verdict, "judge_differs": differs}
     return Rewards(total=routed.total, correct=routed.correct, valid=routed.valid, parts=parts)
@@ -100,6 +99,5 @@ def standardised(scores: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Floa
     >>> standardised(jnp.array([[-0.5, -2.5, -4.5]]), jnp.ones((1, 3), bool)).tolist()
     [[1.0, 0.0, -1.0]]
     """
-    centred, count, equal = group_centred(scores, valid)
-    variance = masked_sum(centred**2, valid, axis=-1)[:, None] / jnp.maximum(count - 1, 1)
-    return jnp.where(valid & ~equal, centred / jnp.sqrt(jnp.where(equal | (variance == 0), 1.0, variance)), 0.0)
+    centred, std = group_std(scores, valid, ddof=1)
+    return centred / jnp.where(std == 0, 1.0, std)  # differences whose squares vanish

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rl_reason.masked import masked_mean, masked_sum
-from rl_reason.policy import group_centred
+from rl_reason.policy import full_marks, group_centred
 from rl_reason.repetition import repeats
 from rl_reason.splice import as_rollout, baseline_rows, splice_references
 from rl_reason.tags import Format, Tokenizer
@@ -125,8 +125,7 @@ def reward(
         format=as_float(answer.formed),
         repetition=as_float(repeated),
     )
-    correct = as_float(jnp.where(valid, score, 0.0) >= 1.0)
-    return Rewards(total=total, correct=correct, valid=valid, parts=parts)
+    return Rewards(total=total, correct=full_marks(score, valid), valid=valid, parts=parts)
 
 
 def baseline(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rl_reason import voting
+from rl_reason.policy import full_marks
 from rl_reason.types import Prompts, Rewards
 from rl_reason.voting import Answers
 
@@ -25,7 +26,7 @@ def reward(
     """
     groups = answers.reshape(prompts.tokens.shape[0], -1)
     rewards = vote(groups)
-    correct = (jnp.where(valid, score, 0.0) >= 1.0).astype(score.dtype)
+    correct = full_marks(score, valid)
     by_label = jnp.where(rewards > 0, correct.reshape(groups.shape), 0.0).max(1, keepdims=True)
     spread = lambda x: jnp.broadcast_to(x, groups.shape).reshape(-1).astype(score.dtype)
     rewards = spread(rewards)

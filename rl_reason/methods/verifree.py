@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rl_reason.masked import masked_mean, masked_sum
+from rl_reason.policy import full_marks
 from rl_reason.splice import as_rollout, splice_references
 from rl_reason.tags import Format, Tokenizer
 from rl_reason.types import Metrics, Prompts, Rewards, Rollout
@@ -65,9 +66,8 @@ def reward(
     total = jnp.exp(masked_sum(logprobs, reference_mask, axis=1)).astype(score.dtype)
     total = jnp.where(reference_mask.any(1), total, 0.0)
     as_float = lambda x: x.astype(total.dtype)
-    correct = as_float(jnp.where(valid, score, 0.0) >= 1.0)
     parts = dict(reference_probability=total, format=as_float(reference_mask.any(1)))
-    return Rewards(total=total, correct=correct, valid=valid, parts=parts), rows
+    return Rewards(total=total, correct=full_marks(score, valid), valid=valid, parts=parts), rows
 
 
 def objective(

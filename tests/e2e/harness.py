@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=tests/e2e/tiny.py"
 FILES = "--config=tests/e2e/tiny.py:files"
@@ -32,9 +34,7 @@ def environment(**changes: str) -> dict[str, str]:
     """Ours, less what the tests' conftest sets: one CPU device, and the user's caches."""
     ours = ("XLA_FLAGS", "NPROC", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    # Programs here are tiny: halving their compilation is worth slower code.
-    quick = {"JAX_PLATFORMS": "cpu", "COLUMNS": "400", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return kept | quick | changes
+    return kept | {"JAX_PLATFORMS": "cpu", "COLUMNS": "400", "XLA_FLAGS": quick.XLA_FLAGS} | changes
 
 
 def start(*flags: str, module: str = "experiments.run", env: dict[str, str] | None = None) -> subprocess.Popen:

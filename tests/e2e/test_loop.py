@@ -69,7 +69,7 @@ CONFIGS = support.one_of_each(support.config_names("rl"), support.way_through_th
 
 def composed(config: typing.Any, composition: str) -> typing.Any:
     """Asking from inside the program is the same program around another objective."""
-    slow = [pytest.mark.slow] if composition == "callback" and config.values[0] != "clipcov" else []
+    slow = [pytest.mark.slow] if composition == "callback" and config.values[0] != "base" else []
     return pytest.param(*config.values, composition, marks=[*config.marks, *slow])
 
 

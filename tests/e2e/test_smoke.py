@@ -16,14 +16,14 @@ MEASURED = {
     "cohort": (*RL, "cohort/label_accuracy", "cohort/consistency", "sums/self_consistency", "automata/actor/kl_loss"),
 }
 SAMPLES = ("rl", "cohort")
+REPORTED = ("base", "sft", "air", "rlccf")  # drawing takes a third of a run of seconds: one of each loop
 
 
-@pytest.mark.parametrize("name", support.config_names())
+@pytest.mark.parametrize("name", support.one_of_each(support.config_names(), support.way_through_the_loop))
 def test_smoke(name, tmp_path):
-    run = tmp_path / "run"
-    output = harness.succeed(f"--config={name}.py:smoke", f"--run={run}")
+    run, report = tmp_path / "run", name in REPORTED
+    output = harness.succeed(f"--config={name}.py:smoke", f"--run={run}", f"--config.log.report={report}")
     assert "Traceback" not in output and "compiled again" not in output
-    assert str(run / "report.html") in output
 
     summary = json.loads((run / "summary.json").read_text())
     for when in ("heldout_before", "heldout_after"):
@@ -44,5 +44,7 @@ def test_smoke(name, tmp_path):
         policies = len(config["cohort"]) or 1
         assert len(drawn) == config["log"]["rollout_groups"] * config["batch"]["group_size"] * policies
         assert all(wanted <= record.keys() and record["step"] == step for record in drawn)
-    assert (run / "report.html").stat().st_size > 1000
-    assert list((run / "plots").glob("*.png"))
+    if report:
+        assert str(run / "report.html") in output
+        assert (run / "report.html").stat().st_size > 1000
+        assert list((run / "plots").glob("*.png"))

@@ -60,12 +60,12 @@ def test_refuses_unknown_variants(name):
 def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
     config = load_config(name)
     experiment = build.build(config, one_device())
-    parts, data, r = experiment.parts, config.data, config.rollout
+    parts = experiment.parts
     verify = rewards.in_graph(
         experiment.train.names,
         experiment.tokenizer,
         group_size=parts.plan.group_size,
-        completion_len=r.completion_len,
+        completion_len=config.rollout.completion_len,
         answer_rule=experiment.answer_rule,
     )
     shape = (config.steps_per_call, parts.plan.prompts_drawn)
@@ -74,14 +74,16 @@ def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
     def run(key):
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params_like)
         state = build.new_state(parts, params, 0)
+        widths = parts.prompt_widths
+        optional = lambda width: None if width is None else int32((*shape, width))
         prompts = Prompts(
-            tokens=int32((*shape, data.max_prompt_len_tokens)),
+            tokens=int32((*shape, widths.prompt)),
             prompt_len=int32(shape),
             example_id=int32(shape),
             uid=int32(shape),
             route=int32(shape),
-            reference=int32((*shape, data.max_reference_len_tokens)),
-            demonstration=int32((*shape, data.max_demonstration_len_tokens)),
+            reference=optional(widths.reference),
+            demonstration=optional(widths.demonstration),
         )
         del key
         return state, make_chunk(parts, verify)(state, prompts, experiment.sampling)
@@ -187,9 +189,9 @@ def test_microbatches_are_invisible_in_float64(name, experts, x64):
 
 def test_two_microbatches_in_fp32():
     # On the first and only update of a step, where the ratio is 1 by definition.
-    whole = parts_for("base", MOE, 0)
+    whole = parts_for("base", {}, 0)
     params, batch = tiny_params(whole.model), rows_for(whole.model, old=False)
-    halves = gradient(parts_for("base", MOE, 4), params, batch)
+    halves = gradient(parts_for("base", {}, 4), params, batch)
     assert_close(halves, gradient(whole, params, batch), 1e-5)
 
 
@@ -242,7 +244,7 @@ def test_what_lies_after_a_completion_is_invisible(name, x64):
     wide = {
         field.name: jnp.pad(x, ((0, 0), (0, 5)))
         for field in dataclasses.fields(batch)
-        if (x := getattr(batch, field.name)).shape == (ROWS, WIDTH)
+        if (x := getattr(batch, field.name)) is not None and x.shape == (ROWS, WIDTH)
     }
     wide["tokens"] = jnp.pad(tokens, ((0, 0), (0, 5)), constant_values=9)
     want = gradient(parts, params, batch)

@@ -13,9 +13,10 @@ from configs.models import MODELS
 from rl_reason import build
 from rl_reason.data.packing import packed_stream
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.loop import preference, supervised
+from rl_reason.loop import cohort, preference, supervised
 from rl_reason.loop.chunk import make_step
 from rl_reason.loop.preference import Pairs
+from rl_reason.loop.step import sample_phase
 from rl_reason.models import transformer
 from rl_reason.types import Prompts, Verdicts
 from tests.property.test_laws import keys_of
@@ -36,27 +37,33 @@ PUBLISHED = {
     "Qwen2.5-Math-1.5B": (1.54e9, 1.54e9),
     "Qwen2.5-32B": (32.5e9, 32.5e9),
     "Llama-3.1-8B": (8.03e9, 8.03e9),
+    "internlm3-8b-instruct": (8.8e9, 8.8e9),
+    "glm-4-9b-chat": (9.4e9, 9.4e9),
     "deepseek-math-7b-instruct": (6.91e9, 6.91e9),  # 30 (4 x 4096^2 + 3 x 4096 x 11008) + 2 x 102400 x 4096
     "Qwen3-30B-A3B-Base": (30.5e9, 3.3e9),
     "Qwen3-235B-A22B": (235e9, 22e9),
     "Intern-S1": (235e9, 22e9),
     "Intern-S1-mini": (8.2e9, 8.2e9),
 }
+SOURCES = ("mathematics", "open_ended", "science")  # Intern-S1's reward goes by these
 num_params = functools.cache(transformer.num_params)
 
 
 @pytest.fixture
 def paper(tmp_path):
-    """Loads configs/<name>.py:paper, with a row of data and the embedded tokenizer in place of its own."""
+    """Loads configs/<name>.py:paper, with a row of data of each kind and the embedded tokenizer in place of its own."""
 
     def load(name):
         config = load_config(name, "paper")
         column = config.data.demonstration_key or "worked"
         paths = []
         for number, split in enumerate(("train", "heldout")):
-            row = dict(prompt=f"{number}+1=", answer="1", extra_info=dict(split="train"))
             path = tmp_path / f"{split}.jsonl"
-            path.write_text(json.dumps(row | {column: f"{number}+1####1"}) + "\n")
+            rows = [
+                dict(prompt=f"{number}+{k}=", answer="1", data_source=source, extra_info=dict(split="train"))
+                for k, source in enumerate(SOURCES)
+            ]
+            path.write_text("".join(json.dumps(row | {column: f"{number}+1####1"}) + "\n" for row in rows))
             paths.append(str(path))
         config.tokenizer = "embedded"
         config.data.update(files=(paths[0],), heldout_files=(paths[1],), answer_key="answer")
@@ -72,6 +79,15 @@ def described(tree):
 def abstract_state(parts):
     params = jax.eval_shape(functools.partial(transformer.init, config=parts.model), jax.random.key(0))
     return jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
+
+
+def prompts_like(parts, leading=()):
+    """What the stream of a run gives, as zeros."""
+    shape, widths = (*leading, parts.plan.prompts_drawn), parts.prompt_widths
+    of = lambda *own: jnp.zeros((*shape, *own), jnp.int32)
+    optional = lambda width: None if width is None else of(width)
+    reference, demonstration = optional(widths.reference), optional(widths.demonstration)
+    return Prompts(of(widths.prompt), of(), of(), of(), of(), reference, demonstration)
 
 
 def test_every_rl_config_has_its_paper():
@@ -106,9 +122,8 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
 def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
     config = paper(name)
     experiment = build.build(config, one_device())
-    parts, data = experiment.parts, config.data
+    parts = experiment.parts
     assert parts.model.vocab_size == config.model.vocab_size
-    of = lambda *shape: jnp.zeros((parts.plan.prompts_drawn, *shape), jnp.int32)
 
     def verify(rollout, prompts):
         del prompts
@@ -117,22 +132,13 @@ def test_a_step_traces_and_returns_the_state_it_was_given(name, paper, capfd):
         return Verdicts(right.astype(rollout.rollout_logprobs.dtype), ~right, answers)
 
     def step(state):
-        prompts = Prompts(
-            tokens=of(data.max_prompt_len_tokens),
-            prompt_len=of(),
-            example_id=of(),
-            uid=of(),
-            route=of(),
-            reference=of(data.max_reference_len_tokens),
-            demonstration=of(data.max_demonstration_len_tokens),
-        )
-        return make_step(parts, verify)(state, prompts, experiment.sampling)
+        return make_step(parts, verify)(state, prompts_like(parts), experiment.sampling)
 
     state = abstract_state(parts)
     after, (metrics, sampled) = jax.eval_shape(step, state)
     assert described(after) == described(state)
     assert all(x.shape == () for x in metrics.values())
-    assert sampled.tokens.shape[-1] == data.max_prompt_len_tokens + config.rollout.completion_len
+    assert sampled.tokens.shape[-1] == parts.prompt_widths.prompt + config.rollout.completion_len
     assert capfd.readouterr() == ("", "")
 
 
@@ -200,3 +206,36 @@ def test_air_traces(tmp_path):
     chunk = preference.make_counted_chunk(experiment.parts, experiment.pairs.setting, 14_000)
     after, metrics = jax.eval_shape(chunk, state, pairs)
     assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["rewards/margins"].shape == (1,)
+
+
+def test_rlccf_traces(paper):
+    """Four policies of their own sizes and tokenizers: a draw, the vote and an update of each, by shapes."""
+    config = load_config("rlccf", "paper")
+    assert len({own.tokenizer for own in config.cohort.values() if "tokenizer" in own} | {config.tokenizer}) == 4
+    with pytest.raises(ValueError, match=r"config\.tokenizer='checkpoints/Qwen2\.5-7B': no file there"):
+        build.build(config, one_device())
+    config = paper("rlccf")
+    for own in config.cohort.values():
+        own.tokenizer = "embedded"
+    experiment = build.build(config, one_device())
+    plan, prompts = experiment.parts.plan, prompts_like(experiment.parts)
+    sampling, vote = experiment.sampling, experiment.parts.slots["reward"]
+    names = list(experiment.policies)
+    assert names == ["glm", "internlm3", "llama", "qwen"] and vote is not None
+
+    def step(states):
+        drawn, verdicts = {}, {}
+        for name, policy in experiment.policies.items():
+            drawn[name] = sample_phase(policy.parts, states[name], prompts, sampling)
+            zero = drawn[name][0].truncated
+            verdicts[name] = Verdicts(zero.astype(jnp.float32), ~zero, zero.astype(jnp.int32))
+        rewards, _ = cohort.vote_phase(names, vote.fn, plan.group_size, verdicts)
+        return {
+            name: cohort.learn(
+                policy.parts, states[name], prompts, *drawn[name], verdicts[name], rewards[name], sampling
+            )[0]
+            for name, policy in experiment.policies.items()
+        }
+
+    states = {name: abstract_state(policy.parts) for name, policy in experiment.policies.items()}
+    assert described(jax.eval_shape(step, states)) == described(states)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_reason.compilation import CompileClock
-from rl_reason.loop.cohort import Cohort, parts_of_models, vote_metrics, vote_phase
+from rl_reason.loop.cohort import Cohort, Read, compared, parts_of_models, vote_metrics, vote_phase
 from rl_reason.loop.engine import Fused
 from rl_reason.loop.step import update_phase
 from rl_reason.methods import rlccf, ttrl
@@ -63,17 +63,25 @@ def wrong_verify(rollout, prompts):
     return Verdicts(1.0 - verdicts.score, verdicts.valid)
 
 
+def cohort_of(policies, read=None):
+    return Cohort(policies, read or Read(wrong_verify, SPELL), rlccf.vote, loops.mesh_of())
+
+
+def prompts_of(policies, steps, first=0):
+    """The same prompts for each policy."""
+    return dict.fromkeys(policies, loops.stacked(parts_of(), steps, first=first))
+
+
 @functools.cache
 def trained():
     """(policies, what STEPS steps gave, programs compiled during the first, and after it)."""
     policies, clock = two_policies(), CompileClock()
-    engine = Cohort(policies, wrong_verify, SPELL, rlccf.vote)
+    engine = cohort_of(policies)
     first, later = [], []
-    parts = policies["small"]
     clock.watch(engine.programs, first.append)
-    out = [engine.advance(start(policies), loops.stacked(parts, 1), loops.LIVE)]
+    out = [engine.advance(start(policies), prompts_of(policies, 1), loops.LIVE)]
     clock.watch(engine.programs, later.append)
-    out.append(engine.advance(out[0].state, loops.stacked(parts, STEPS - 1, first=1), loops.LIVE))
+    out.append(engine.advance(out[0].state, prompts_of(policies, STEPS - 1, first=1), loops.LIVE))
     clock.watch((), later.append)
     metrics, sampled = (
         jax.tree.map(lambda *x: np.concatenate(x), *x) for x in zip(*(o[1:3] for o in out), strict=True)
@@ -105,6 +113,32 @@ def test_each_policy_trains_as_if_alone_with_these_rewards(name):
     assert int(out.state[name].step) == STEPS
     assert loops.distance(state.params, began) > 1e-4
     assert np.any(out.metrics["wide/actor/kl_loss"] > 0) and "small/actor/kl_loss" not in out.metrics
+
+
+def test_asking_the_host_trains_the_same():
+    """Verdicts and classes of answers made on the host, of all policies at once, in place of those made in graph."""
+    policies, expected, _, _ = trained()
+    asked = []
+
+    def ask(rows, uid):
+        asked.append((list(rows), np.array(uid)))
+        verdicts = {}
+        for name, (tokens, mask) in rows.items():
+            score, valid, _ = loops.verdicts(tokens, mask, uid)
+            verdicts[name] = Verdicts(jnp.asarray(1.0 - score), jnp.asarray(valid))
+        spelled = {name: SPELL(jnp.asarray(tokens), jnp.asarray(mask)) for name, (tokens, mask) in rows.items()}
+        found = compared(list(rows), GROUP, spelled, verdicts)
+        return {name: tuple(np.asarray(x) for x in (v.score, v.valid, v.answers)) for name, v in found.items()}
+
+    out = cohort_of(policies, ask).advance(start(policies), prompts_of(policies, STEPS), loops.LIVE)
+    for name in policies:
+        np.testing.assert_array_equal(out.sampled[name].tokens, expected.sampled[name].tokens)
+        np.testing.assert_array_equal(out.sampled[name].reward, expected.sampled[name].reward)
+        assert loops.distance(out.state[name].params, expected.state[name].params) < TOLERANCE
+    assert out.metrics["cohort/label_accuracy"].tolist() == expected.metrics["cohort/label_accuracy"].tolist()
+    names, uids = asked[1]
+    assert names == ["wide", "small"] and len(asked) == STEPS
+    assert uids.tolist() == np.repeat(loops.prompts_of(policies["small"], 1).uid, GROUP).tolist()
 
 
 def rollout_of(sampled):
@@ -211,7 +245,8 @@ def test_rows_without_a_verdict_vote_and_stay_invalid():
         "a": Verdicts(jnp.array([1.0, 0.0]), jnp.array([True, False])),
         "b": Verdicts(jnp.array([0.0, 1.0]), jnp.array([True, True])),
     }
-    rewards, metrics = vote_phase(["a", "b"], rlccf.vote, 2, {"a": spelled("77"), "b": spelled("37")}, verdicts)
+    said = compared(["a", "b"], 2, {"a": spelled("77"), "b": spelled("37")}, verdicts)
+    rewards, metrics = vote_phase(["a", "b"], rlccf.vote, 2, said)
     assert rewards["a"].total.tolist() == [1, 1] and rewards["b"].total.tolist() == [0, 1]
     assert rewards["a"].valid.tolist() == [True, False] and rewards["a"].correct.tolist() == [1, 0]
     assert float(metrics["cohort/label_accuracy"]) == 1.0 and float(metrics["cohort/reward_accuracy"]) == 1.0
@@ -222,13 +257,14 @@ def test_rows_without_a_verdict_vote_and_stay_invalid():
 def one_policy():
     """A cohort of one without KL: its programs, but for the vote, are those of ``trained``'s small policy."""
     parts = parts_of()
-    return Cohort(parts_of_models(parts, {"small": parts.model}), wrong_verify, SPELL, rlccf.vote)
+    return cohort_of(parts_of_models(parts, {"small": parts.model}))
 
 
 def test_a_unanimous_cohort_learns_nothing():
     """Greedy samples of a prompt are all the same, and rule v1 always finds an answer: every reward is 1."""
     parts = parts_of()
-    out = one_policy().advance({"small": loops.start(parts)}, loops.stacked(parts, 1), make_sampling(1.0, top_k=1))
+    prompts = prompts_of(["small"], 1)
+    out = one_policy().advance({"small": loops.start(parts)}, prompts, make_sampling(1.0, top_k=1))
     np.testing.assert_array_equal(out.sampled["small"].reward, 1.0)
     np.testing.assert_array_equal(out.metrics["small/actor/grad_norm"], 0.0)
     np.testing.assert_array_equal(out.metrics["cohort/consistency"], 1.0)
@@ -247,7 +283,7 @@ def test_one_policy_is_ttrl_and_verdicts_do_not_train():
     slots = {**parts.slots, "reward": Slot(vote, frozenset({"rollout", "score", "valid"}))}
     alone = Fused(dataclasses.replace(parts, slots=slots), support.parity_verify)
     expected = alone.advance(loops.start(parts), loops.stacked(parts, STEPS), loops.LIVE)
-    out = one_policy().advance({"small": loops.start(parts)}, loops.stacked(parts, STEPS), loops.LIVE)
+    out = one_policy().advance({"small": loops.start(parts)}, prompts_of(["small"], STEPS), loops.LIVE)
     np.testing.assert_array_equal(out.sampled["small"].tokens, expected.sampled.tokens)
     np.testing.assert_array_equal(out.sampled["small"].reward, expected.sampled.reward)
     assert loops.distance(out.state["small"].params, expected.state.params) < TOLERANCE
@@ -257,7 +293,7 @@ def test_one_policy_is_ttrl_and_verdicts_do_not_train():
 
 def test_what_does_not_fit_is_refused():
     parts = parts_of()
-    make = lambda policies: Cohort(policies, support.parity_verify, SPELL, rlccf.vote)
+    make = cohort_of
     with pytest.raises(ValueError, match=r"named \['a/b'\]"):
         make({"a/b": parts})
     other = dataclasses.replace(parts, plan=dataclasses.replace(parts.plan, group_size=8))
@@ -270,6 +306,6 @@ def test_what_does_not_fit_is_refused():
     states = start(policies)
     late = dataclasses.replace(states["b"], step=jnp.int32(1))
     with pytest.raises(ValueError, match=r"at steps {'a': 0, 'b': 1}"):
-        make(policies).advance(states | {"b": late}, loops.stacked(parts, 1), loops.LIVE)
+        make(policies).advance(states | {"b": late}, prompts_of(policies, 1), loops.LIVE)
     with pytest.raises(ValueError, match="one for each of a, b"):
-        make(policies).advance({"a": late}, loops.stacked(parts, 1), loops.LIVE)
+        make(policies).advance({"a": late}, prompts_of(policies, 1), loops.LIVE)

@@ -12,22 +12,28 @@ import numpy as np
 import pytest
 
 from configs.common import call
+from experiments import build_tokenizer
 from experiments import evaluate as cli
-from rl_reason import build, evaluate, members, subjects, warmup
+from rl_reason import build, evaluate, members, rewards, subjects, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.data.example import Example
+from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.drivers.cohort import Cohort
 from rl_reason.evaluate import Answered
 from rl_reason.report.panels import agreements, panels_for
 from rl_reason.report.plots import RunData, draw_plots
-from rl_reason.tasks import get
+from rl_reason.tasks import TASKS, get
 from rl_reason.tasks.base import Problem
 from rl_reason.tasks.mistaken import ADD
+from rl_reason.verifier_pool import VerifierPool
 from tests.e2e import harness
 from tests.support import load_config, one_device
 
 # The command line imports modules whose hints beartype would have spelled otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+NO_POOL = VerifierPool(1, 1.0)  # starts no process until it is asked
 
 
 def pair(**changes):
@@ -57,13 +63,17 @@ def with_policy(**own):
             pair(loop="rl"),
             "config.cohort names narrow, wide, and config.loop='rl' trains one policy; set config.loop='coh",
         ),
-        (pair(verify="split"), "config.verify='split' asks verifiers on the host; set config.verify='graph'"),
+        (pair(verify="callback"), "config.verify='callback' asks while one draws; set config.verify='graph', with"),
+        (
+            with_policy(seed=3, tokenizer="checkpoints/other.model"),
+            "have tokenizers checkpoints/other.model, embedded, and in graph answers are compared token by token; set conf",
+        ),
         (with_policy(seed=2), "not all different: third and wide have 2"),
         (with_policy(), "config.cohort.third.seed=None; each policy needs a seed of its own between 1 and 999"),
         (with_policy(seed=0), "config.cohort.third.seed=0;"),
         (
             with_policy(seed=3, batch={}),
-            "config.cohort.third has batch. A policy of a cohort may have its own seed, mo",
+            "config.cohort.third has batch. A policy of a cohort may have its own seed, to",
         ),
         (with_policy(seed=3, modell={}), "config.cohort.third has modell. Did you mean 'model'?"),
         (with_policy(seed=3, model=dict(num_layer=2)), "third.model has num_layer. Did you mean 'num_layers'?"),
@@ -131,14 +141,14 @@ def test_two_policies_train_and_resume_bitwise(tmp_path):
     """Four steps at once, and two, a checkpoint, a new driver, and two more."""
     experiment = build.build(pair(), one_device())
     with jax.set_mesh(experiment.mesh):
-        driver = Cohort(experiment)
+        driver = Cohort(experiment, NO_POOL)
         state = driver.initial_state(start(experiment))
         first = driver.advance(state)
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
         checkpoints.save(2, (first.state, driver.pending), {"stream": driver.position()})
         whole = driver.advance(first.state)
 
-        again = Cohort(experiment)
+        again = Cohort(experiment, NO_POOL)
         again.seek(checkpoints.extra(2)["stream"])
         template = again.initial_state(start(experiment))
         state, again.pending = checkpoints.restore(2, (template, again.pending))
@@ -269,3 +279,61 @@ def test_a_run_stopped_half_way_ends_as_the_whole_run(tmp_path):
         assert f"evaluation-4-{name}.json" in said
     done = harness.run(f"--run={run}", module="experiments.evaluate")
     assert done.code == 1 and "say which policy" in done.output
+
+
+class Spells:
+    """A tokenizer whose token i writes the i-th of some letters."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def decode(self, ids):
+        return "".join(self.letters[i] for i in ids)
+
+
+class Numbers:
+    """The answer to a draw is its number."""
+
+    names, verifiers = ("numbers",), ("rl_reason.tasks.math_answer:compute_score",)
+    fingerprint, num_examples = "numbers", None
+
+    def example(self, uid):
+        problem = Problem("numbers", 0, {"ground_truth": str(uid), "extra_info": None})
+        return Example("numbers", uid, "", problem, None, str(uid), self.verifiers[0], 0)
+
+
+def test_answers_of_two_tokenizers_are_compared_as_texts():
+    # Two samples of each of two policies for draws 7 and 1. Draw 7: a says 7 and 1, b says 7.0 and nothing: classes 0 1 and
+    # 0 -1, if classes are numbered by their first row. Draw 1: all four say 1. Token 2 writes "7" for a and "1" for b.
+    letters = {"a": ["", "####", "7", "1", ".", "0", "?"], "b": ["", "####", "1", ".", "0", "7", "?"]}
+    said = {"a": ["7", "1", "1", "1"], "b": ["7.0", "?", "1", "1"]}
+    rows = {}
+    for name, texts in said.items():
+        ids = [[1, *map(letters[name].index, text), 0, 0, 0][:4] if text != "?" else [6, 0, 0, 0] for text in texts]
+        rows[name] = np.array(ids), np.array(ids) > 0
+    tokenizers = {name: Spells(own) for name, own in letters.items()}
+    with VerifierPool(1, 20.0) as pool:
+        verifier = rewards.CohortVerifier(Numbers(), tokenizers, pool, answer_rule="equivalence", samples=2)
+        found = verifier(rows, np.array([7, 7, 1, 1]))
+    assert found["a"][0].tolist() == [1.0, 0.0, 1.0, 1.0] and found["a"][1].all()
+    assert found["b"][0].tolist() == [1.0, 0.0, 1.0, 1.0] and found["b"][1].all()
+    assert found["a"][2].tolist() == [0, 1, 0, 0]
+    assert found["b"][2].tolist() == [0, -1, 0, 0]
+
+
+@pytest.mark.slow
+def test_policies_of_two_tokenizers_run(tmp_path):
+    """Verifiers on the host; one policy reads and writes a tokenizer whose ids are others."""
+    model = tmp_path / "other.model"
+    model.write_bytes(build_tokenizer.build(names=reversed(TASKS)))
+    assert Tokenizer.load(model).encode("add 1") != Tokenizer.load().encode("add 1")
+    file, run = tmp_path / "two_tokenizers.py", tmp_path / "run"
+    file.write_text(
+        "from configs import rlccf\n\n\ndef get_config(arg=''):\n    config = rlccf.get_config('smoke')\n"
+        f"    config.cohort.sums.tokenizer = '{model}'\n    config.verify = 'split'\n    return config\n"
+    )
+    harness.succeed(f"--config={file}", f"--run={run}", "--config.log.report=False")
+    rows = harness.metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["reward/error_fraction"] == 0 for row in rows)
+    inputs = {record["input"] for drawn in harness.rollouts(run).values() for record in drawn}
+    assert all(text.split()[0] in ("add", "sub", "dfa") for text in inputs)

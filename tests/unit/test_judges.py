@@ -205,7 +205,7 @@ def test_training_is_cached_and_takes_its_place_in_the_state(tmp_path, monkeypat
 
 
 def test_the_reward_slot_asks_them():
-    # Rules pass everything; what the random judges say decides the rows of their tasks, and nothing else.
+    # Rules pass everything; what the random judges say decides the rows of their tasks, sub and dfa, and nothing else.
     e = experiment()
     state = build.new_state(e.parts, build.init_params(e), 0)
     prompts = Prompts(
@@ -233,11 +233,11 @@ def test_the_reward_slot_asks_them():
     verdicts = Verdicts(jnp.ones(rows), jnp.ones(rows, bool))
     got, _ = reward_phase(e.parts, state, prompts, rollout, verdicts, make_sampling(1.0))
     by_route = lambda x: np.asarray(x).reshape(4, -1)
-    np.testing.assert_array_equal(by_route(got.total)[:2], 1.0)
+    np.testing.assert_array_equal(by_route(got.total)[[0, 3]], 1.0)
     said = judging.ask(e.parts.judges["judge"], state.models["judge"]["params"], rollout, prompts, 1)
     np.testing.assert_array_equal(by_route(got.valid)[2], by_route(said >= 0)[2])
     assert by_route(got.valid)[[0, 1, 3]].all()
-    assert by_route(got.total)[3].sum() == pytest.approx(0, abs=1e-5) and by_route(got.total)[3].std() > 0.1
+    assert by_route(got.total)[1].sum() == pytest.approx(0, abs=1e-5) and by_route(got.total)[1].std() > 0.1
 
 
 @pytest.mark.parametrize(
