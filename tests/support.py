@@ -68,6 +68,14 @@ def way_through_the_loop(name: str) -> typing.Hashable:
     return config.loop, asks, beside, config.batch.demonstrations
 
 
+def way_between_phases(name: str) -> typing.Hashable:
+    """What of a config passes between rollout, verdicts and update, and what the state holds besides the policy."""
+    config = load_config(name)
+    filled = slots.resolve_all(config.to_dict())
+    reads = frozenset().union(*(fn.wants for slot in ("baseline", "reward") if (fn := filled[slot]) is not None))
+    return reads, bool(config.models), config.batch.demonstrations, config.batch.waiting_prompts > 0
+
+
 def way_of_losing(name: str) -> typing.Hashable:
     """A config's objective, and how its terms are reduced."""
     config = load_config(name)

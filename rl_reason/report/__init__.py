@@ -8,5 +8,6 @@ Host code, free of jax. Only process 0 of a run writes or prints.
     summary.py     summary.json: held-out accuracy before and after, with intervals
     console.py     progress and warnings while it runs; closing.py prints the summary
     panels.py      which metrics go on which plot, as data
+    entropy_law.py fits of reward on entropy, and of entropy's fall on covariance
     plots.py       drawing them; html.py puts them in report.html
 """

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from rl_reason.report.entropy_law import EARLY, MIN_POINTS, Law, fit_entropy
 from rl_reason.report.files import write_atomic
 from rl_reason.report.panels import Columns, Panel, agreements, has_values, labels_for, panels_for, step_times
 from rl_reason.report.summary import OVERALL, Interval, Summary
@@ -24,7 +25,6 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e4e4e4"
 SIZE = (5.2, 3.1)  # inches
 DPI = 150
-MIN_FIT_POINTS = 10
 MIN_SMOOTHED = 20  # points
 
 
@@ -35,33 +35,6 @@ class RunData:
     name: str
     columns: Columns
     summary: Summary | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """R = -a exp(H) + b, arXiv:2505.22617 eq. 1; ``ceiling`` is R at H = 0."""
-
-    a: float
-    b: float
-    r2: float
-
-    @property
-    def ceiling(self) -> float:
-        return self.b - self.a
-
-
-def fit_entropy(entropy: np.ndarray, reward: np.ndarray) -> Fit | None:
-    """Least squares of reward on exp(entropy), nats; None with too few points or a constant entropy."""
-    finite = np.isfinite(entropy) & np.isfinite(reward)
-    x, y = np.exp(entropy[finite]), reward[finite]
-    if x.size < MIN_FIT_POINTS or np.ptp(x) < 1e-6:
-        return None
-    dx, dy = x - x.mean(), y - y.mean()
-    a = -float(dx @ dy / (dx @ dx))
-    b = float(y.mean() + a * x.mean())
-    spread = float(dy @ dy)
-    residual = y - (b - a * x)
-    return Fit(a, b, 1.0 - float(residual @ residual) / spread if spread > 0 else 0.0)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -221,7 +194,7 @@ def _entropy_reward(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
     if not (has_values(columns, "actor/entropy") and has_values(columns, "critic/score/mean")):
         return None
     entropy, reward = columns["actor/entropy"], columns["critic/score/mean"]
-    return (entropy, reward) if (np.isfinite(entropy) & np.isfinite(reward)).sum() >= MIN_FIT_POINTS else None
+    return (entropy, reward) if (np.isfinite(entropy) & np.isfinite(reward)).sum() >= MIN_POINTS else None
 
 
 def _draw_entropy_reward(ax: Axes, runs: Sequence[RunData]) -> None:
@@ -333,3 +306,32 @@ def _draw_heldout(ax: Axes, runs: Sequence[RunData]) -> None:
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
     ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     _legend(ax, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+
+
+def plot_law(laws: Mapping[str, Law], points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """A PNG: each run's reward against its entropy, the law of all steps, and that of the first ones, dashed, as it foretold
+    the rest."""
+
+    def draw(name: str) -> Callable[[Axes], None]:
+        def on(ax: Axes) -> None:
+            law, (entropy, reward) = laws[name], points[name]
+            dots = ax.scatter(entropy, reward, c=np.arange(len(reward)), cmap="viridis", s=9, linewidths=0, alpha=0.8)
+            bar = ax.figure.colorbar(dots, ax=ax, pad=0.02, aspect=30)
+            bar.set_label("step", fontsize=8, color=INK)
+            bar.ax.tick_params(labelsize=7.5, colors=INK, length=0)
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            h = np.linspace(np.nanmin(entropy), np.nanmax(entropy), 100)
+            for fit, dash, label in (
+                (law.exponential, "-", "all steps"),
+                (law.early, (0, (4, 1.5)), f"first {EARLY:.0%}"),
+            ):
+                if fit is not None:
+                    text = f"{label}: {fit.b:.2f} − {fit.a:.2g} exp(H)   R² = {fit.r2:.2f}"
+                    ax.plot(h, fit.b - fit.a * np.exp(h), color=INK, linewidth=1.4, linestyle=dash, label=text)
+            ax.set_ylim(0, 1)
+            _style(ax, name, "mean score", "policy entropy H, nats per token", integers=False)
+            _legend(ax)
+
+        return on
+
+    return _render([draw(name) for name in laws], columns=min(3, len(laws)), dpi=DPI)

@@ -64,7 +64,7 @@ def assert_same_training(out, expected):
     assert np.any(expected.metrics["actor/grad_norm"] > 1e-4)
 
 
-CONFIGS = support.one_of_each(support.config_names("rl"), support.way_through_the_loop)
+CONFIGS = support.one_of_each(support.config_names("rl"), support.way_between_phases)
 
 
 def composed(config: typing.Any, composition: str) -> typing.Any:

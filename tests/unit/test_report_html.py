@@ -8,7 +8,7 @@ from experiments import report
 from rl_reason.report.html import write_report
 from rl_reason.report.metrics import MetricsWriter
 from rl_reason.report.panels import panels_for, step_times
-from rl_reason.report.plots import fit_entropy, smooth
+from rl_reason.report.plots import smooth
 from rl_reason.report.rollouts import RolloutWriter
 from rl_reason.report.rundir import open_run
 from rl_reason.report.summary import Answer, Transcript, summarise
@@ -99,15 +99,6 @@ def test_the_command_refuses_what_is_no_run_and_what_would_be_lost(root, capsys)
     assert "choose another --out=DIR" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         report.main([f"--run={root}/one", "--out=x"])
-
-
-def test_the_fit_finds_the_law_it_was_given():
-    entropy = np.linspace(0.1, 1.4, 40)
-    fit = fit_entropy(np.append(entropy, np.nan), np.append(1.2 - 0.3 * np.exp(entropy), 1.0))
-    assert fit is not None
-    assert (fit.a, fit.b, fit.r2, fit.ceiling) == pytest.approx((0.3, 1.2, 1.0, 0.9))
-    assert fit_entropy(entropy[:5], entropy[:5]) is None
-    assert fit_entropy(np.ones(40), entropy) is None
 
 
 def test_smoothing_keeps_constants_and_bridges_gaps():
