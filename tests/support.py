@@ -55,25 +55,12 @@ def one_of_each(names: Sequence[str], kind: Callable[[str], typing.Hashable]) ->
 
 
 @functools.cache
-def way_through_the_loop(name: str) -> typing.Hashable:
-    """What a config makes the loop do: what is asked before the update, and what is kept beside the policy.
-
-    Objectives and advantages are pure functions with laws of their own; they send a step nowhere else.
-    """
-    config = load_config(name)
-    filled = slots.resolve_all(config.to_dict())
-    before = ("baseline", "reward", "selection", "correction")
-    asks = tuple((slot, tuple(sorted(fn.wants))) for slot in before if (fn := filled.get(slot)) is not None)
-    beside = config.token_reward is not None, bool(config.regularisers.kl), tuple(sorted(config.models or ()))
-    return config.loop, asks, beside, config.batch.demonstrations
-
-
 def way_between_phases(name: str) -> typing.Hashable:
     """What of a config passes between rollout, verdicts and update, and what the state holds besides the policy."""
     config = load_config(name)
     filled = slots.resolve_all(config.to_dict())
     reads = frozenset().union(*(fn.wants for slot in ("baseline", "reward") if (fn := filled[slot]) is not None))
-    return reads, bool(config.models), config.batch.demonstrations, config.batch.waiting_prompts > 0
+    return config.loop, reads, bool(config.models), config.batch.demonstrations, config.batch.waiting_prompts > 0
 
 
 def way_of_losing(name: str) -> typing.Hashable:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.grouped_matmul import batched_xla, blocked_xla, ragged_dot
+from kernels.grouped_matmul import batched_xla, blocked_xla, pallas_tpu, ragged_dot
 
 
 class Implementation(NamedTuple):
@@ -24,6 +24,7 @@ IMPLEMENTATIONS = {
     "ragged_dot": Implementation(ragged_dot.product, ragged_dot.weight_gradient),
     "batched_xla": Implementation(batched_xla.product, batched_xla.weight_gradient),
     "blocked_xla": Implementation(blocked_xla.product, blocked_xla.weight_gradient),
+    "pallas_tpu": Implementation(pallas_tpu.product, pallas_tpu.weight_gradient),
 }
 
 
@@ -43,9 +44,9 @@ def grouped_matmul(
     what lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default
     the promoted type of the operands, and gradients have the type of their operand.
 
-    ``implementation``: "ragged_dot" (``jax.lax.ragged_dot``: a kernel on TPU, dense elsewhere), "blocked_xla" (a loop
-    over blocks of rows: what CPUs want), "batched_xla" (one batched product of blocks: GPUs) or None, by the platform
-    that it is compiled for.
+    ``implementation``: "pallas_tpu" (a kernel for TPUs, compiled for them alone), "ragged_dot" (``jax.lax.ragged_dot``: a
+    kernel on TPU, dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one batched
+    product of blocks: GPUs) or None, by the platform that it is compiled for.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
     if depth != lhs.shape[1]:
@@ -68,7 +69,11 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
         return bound(name)(*operands)
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
-        *operands, cpu=bound("blocked_xla"), cuda=bound("batched_xla"), default=bound("ragged_dot")
+        *operands,
+        cpu=bound("blocked_xla"),
+        cuda=bound("batched_xla"),
+        tpu=bound("pallas_tpu"),
+        default=bound("ragged_dot"),
     )
 
 

@@ -19,7 +19,7 @@ SAMPLES = ("rl", "cohort")
 REPORTED = ("base", "sft", "air", "rlccf")  # drawing takes a third of a run of seconds: one of each loop
 
 
-@pytest.mark.parametrize("name", support.one_of_each(support.config_names(), support.way_through_the_loop))
+@pytest.mark.parametrize("name", support.one_of_each(support.config_names(), support.way_between_phases))
 def test_smoke(name, tmp_path):
     run, report = tmp_path / "run", name in REPORTED
     output = harness.succeed(f"--config={name}.py:smoke", f"--run={run}", f"--config.log.report={report}")

@@ -1,0 +1,111 @@
+"""python -m kernels.aot [--op OP] [--case CASE] [--generation GEN]: the real TPU compiler over every kernel, on any machine.
+
+Needs libtpu (``pip install "jax[tpu]"``) and no chip. Prints a line for each op, case and generation with its tiles,
+temporary memory and compile time; exits with 1 when one does not compile.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from kernels.grouped_matmul import pallas_tpu as grouped
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# Experts of published models: rows (tokens times top-k), experts, hidden size, size of an expert.
+EXPERTS = {
+    "Qwen3-30B-A3B": (65536, 128, 2048, 768),
+    "Intern-S1": (65536, 128, 4096, 1536),
+    "Mixtral-8x7B": (65536, 8, 4096, 14336),
+    "Qwen3-30B-A3B-decode": (2048, 128, 2048, 768),
+}
+BF16 = jnp.dtype("bfloat16")
+
+
+class Compilation(NamedTuple):
+    """Something to compile: a function, the shapes of its arguments, and what it was cut into."""
+
+    op: str
+    case: str
+    function: Callable
+    arguments: tuple[tuple[tuple[int, ...], jnp.dtype], ...]
+    tiles: tuple[int, ...]
+
+
+def compilations(generation: str) -> Iterator[Compilation]:
+    """Everything, for a generation's tiles."""
+    for model, (rows, experts, hidden, mlp) in EXPERTS.items():
+        for side, depth, width in (("up", hidden, mlp), ("down", mlp, hidden)):
+            yield from _grouped_matmul(f"{model}-{side}", generation, rows, experts, depth, width)
+
+
+def _grouped_matmul(
+    case: str, generation: str, rows: int, experts: int, depth: int, width: int
+) -> Iterator[Compilation]:
+    sizes, weights = ((experts,), jnp.dtype("int32")), ((experts, depth, width), BF16)
+    x, y = ((rows, depth), BF16), ((rows, width), BF16)
+
+    def product(transpose: bool, tiles: grouped.Tiles) -> Callable:
+        return lambda a, w, n: grouped.product(a, w, n, transpose_rhs=transpose, dtype=BF16, tiles=tiles)
+
+    tiles = grouped.choose_tiles(rows, depth, width, BF16, generation)
+    yield Compilation("grouped_matmul", case, product(False, tiles), (x, weights, sizes), tiles)
+    back = grouped.choose_tiles(rows, width, depth, BF16, generation)
+    yield Compilation("grouped_matmul_dlhs", case, product(True, back), (y, weights, sizes), back)
+    of = grouped.choose_tiles(rows, depth, width, BF16, generation, gradient=True)
+    gradient = lambda a, g, n: grouped.weight_gradient(a, g, n, dtype=BF16, tiles=of)
+    yield Compilation("grouped_matmul_drhs", case, gradient, (x, y, sizes), of)
+
+
+def compiled(what: Compilation, generation: str) -> int:
+    """Bytes of temporary memory of the compiled program. Raises what the compiler raises."""
+    topology = topologies.get_topology_desc(TOPOLOGIES[generation], platform="tpu")
+    place = SingleDeviceSharding(topology.devices[0])
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in what.arguments]
+    memory = jax.jit(what.function).lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes if memory is not None else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.aot",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", help="only ops with this in their name")
+    parser.add_argument("--case", help="only cases with this in their name")
+    parser.add_argument("--generation", choices=TOPOLOGIES, action="append", help="repeatable; all by default")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    failed = 0
+    print(f"{'generation':10}  {'op':20}  {'case':26}  {'tiles':>16}  {'temporary':>10}  {'compiled in':>11}")
+    for generation in args.generation or TOPOLOGIES:
+        for what in compilations(generation):
+            if (args.op or "") not in what.op or (args.case or "") not in what.case:
+                continue
+            began, tiles = time.perf_counter(), "x".join(map(str, what.tiles))
+            try:
+                said = f"{compiled(what, generation) / 2**20:6.1f} MiB"
+            except Exception as error:  # whatever the compiler says, the others are still to be tried
+                said, failed = f"FAILED: {str(error).splitlines()[0][:200]}", failed + 1
+            print(
+                f"{generation:10}  {what.op:20}  {what.case:26}  {tiles:>16}  {said:>10}  "
+                f"{time.perf_counter() - began:9.1f} s",
+                flush=True,
+            )
+    if failed:
+        print(f"error: {failed} did not compile", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
