@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from kernels.entropy_covariance import pallas_tpu as statistics
+from kernels.entropy_covariance.logits import Head
 from kernels.grouped_matmul import pallas_tpu as grouped
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -26,6 +28,8 @@ EXPERTS = {
     "Mixtral-8x7B": (65536, 8, 4096, 14336),
     "Qwen3-30B-A3B-decode": (2048, 128, 2048, 768),
 }
+# Vocabulary heads: tokens, hidden size, vocabulary.
+HEADS = {"Qwen3-30B-A3B": (16384, 2048, 151936), "Intern-S1": (16384, 4096, 153216), "tiny": (256, 96, 512)}
 BF16 = jnp.dtype("bfloat16")
 
 
@@ -44,6 +48,11 @@ def compilations(generation: str) -> Iterator[Compilation]:
     for model, (rows, experts, hidden, mlp) in EXPERTS.items():
         for side, depth, width in (("up", hidden, mlp), ("down", mlp, hidden)):
             yield from _grouped_matmul(f"{model}-{side}", generation, rows, experts, depth, width)
+    for model, (rows, hidden, vocab) in HEADS.items():
+        tiles = statistics.choose_tiles(rows, hidden, vocab, BF16)
+        head = ((rows, hidden), BF16), ((hidden, vocab), BF16), ((rows,), jnp.dtype("int32"))
+        run = lambda h, w, y: statistics.token_statistics(h, w, y, Head(jnp.float32(1.0), None, w.shape[1]), 1, 1)
+        yield Compilation("token_statistics", model, run, head, tiles)
 
 
 def _grouped_matmul(

@@ -56,7 +56,8 @@ def _forward(static, hidden, unembedding, targets, temperature):
     return out, (hidden, unembedding, targets, temperature, out)
 
 
-def _backward(static, residuals, g):
+def backward(static, residuals, g):
+    """Cotangents of the operands, from those of the statistics; whatever computed these."""
     hidden, unembedding, targets, temperature, (_, entropy, logsumexp) = residuals
     block = _Blocks(static, hidden, unembedding, targets)
     temper = rows.tempering(temperature, static[0])
@@ -77,7 +78,7 @@ def _backward(static, residuals, g):
     return d_hidden.astype(hidden.dtype), d_weight.reshape(unembedding.shape), None, None
 
 
-_statistics.defvjp(_forward, _backward)
+_statistics.defvjp(_forward, backward)
 
 
 class _Blocks:

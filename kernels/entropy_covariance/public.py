@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.entropy_covariance import chunked_xla, reference, row_blocks_xla
+from kernels.entropy_covariance import chunked_xla, pallas_tpu, reference, row_blocks_xla
 from kernels.entropy_covariance.logits import Head
 
 # One entry an implementation; a backend is one more file and one more line here and in `_choose`.
@@ -29,6 +29,7 @@ IMPLEMENTATIONS = {
     "reference": reference.token_statistics,
     "row_blocks_xla": row_blocks_xla.token_statistics,
     "chunked_xla": chunked_xla.token_statistics,
+    "pallas_tpu": pallas_tpu.token_statistics,
 }
 
 # Bytes of fp32 logits on a device up to which all at once are faster than blocks that are computed twice.
@@ -67,7 +68,8 @@ def token_statistics(
     NaN.
 
     ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
-    vocabulary; like the former never [N, V], recomputed in the backward pass) or None, by size. Rows and vocabulary
+    vocabulary; like the former never [N, V], recomputed in the backward pass), "pallas_tpu" (a kernel for one TPU, with the
+    backward pass of "chunked_xla") or None, by size. Rows and vocabulary
     may be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that
     sizes are judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no
     column.

@@ -35,10 +35,12 @@ class Partial(NamedTuple):
 
 
 def tempering(temperature: jax.Array, soft_cap: float | None) -> Callable[[jax.Array], jax.Array]:
-    """The increasing function from raw products to logits; it keeps 0."""
+    """The increasing function from raw products to logits; it keeps 0, and -inf too, whatever the cap."""
 
     def temper(raw):
-        capped = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
+        capped = raw
+        if soft_cap is not None:
+            capped = jnp.where(raw > -jnp.inf, soft_cap * jnp.tanh(raw / soft_cap), -jnp.inf)
         return capped / temperature.astype(raw.dtype)
 
     return temper
