@@ -206,11 +206,7 @@ def _draw_entropy_reward(ax: Axes, runs: Sequence[RunData]) -> None:
         entropy, reward = pair
         colour = COLOURS[r % len(COLOURS)]
         if len(runs) == 1:
-            dots = ax.scatter(entropy, reward, c=run.columns["step"], cmap="viridis", s=9, linewidths=0, alpha=0.8)
-            bar = ax.figure.colorbar(dots, ax=ax, pad=0.02, aspect=30)
-            bar.set_label("step", fontsize=8, color=INK)
-            bar.ax.tick_params(labelsize=7.5, colors=INK, length=0)
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            _by_step(ax, entropy, reward, run.columns["step"])
         else:
             ax.scatter(entropy, reward, color=colour, s=7, linewidths=0, alpha=0.3)
         fit = fit_entropy(entropy, reward)
@@ -221,6 +217,15 @@ def _draw_entropy_reward(ax: Axes, runs: Sequence[RunData]) -> None:
             ax.plot(h, fit.b - fit.a * np.exp(h), label=text if len(runs) == 1 else f"{run.name}: {text}", **line)
     _style(ax, "Reward against entropy", "mean score", "policy entropy H, nats per token", integers=False)
     _legend(ax)
+
+
+def _by_step(ax: Axes, x: np.ndarray, y: np.ndarray, step: np.ndarray) -> None:
+    """A point a step, coloured by it, with a scale of colours beside."""
+    dots = ax.scatter(x, y, c=step, cmap="viridis", s=9, linewidths=0, alpha=0.8)
+    bar = ax.figure.colorbar(dots, ax=ax, pad=0.02, aspect=30)
+    bar.set_label("step", fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7.5, colors=INK, length=0)
+    bar.outline.set_visible(False)  # type: ignore[operator]
 
 
 def _draw_agreement(ax: Axes, run: RunData) -> None:
@@ -315,11 +320,7 @@ def plot_law(laws: Mapping[str, Law], points: Mapping[str, tuple[np.ndarray, np.
     def draw(name: str) -> Callable[[Axes], None]:
         def on(ax: Axes) -> None:
             law, (entropy, reward) = laws[name], points[name]
-            dots = ax.scatter(entropy, reward, c=np.arange(len(reward)), cmap="viridis", s=9, linewidths=0, alpha=0.8)
-            bar = ax.figure.colorbar(dots, ax=ax, pad=0.02, aspect=30)
-            bar.set_label("step", fontsize=8, color=INK)
-            bar.ax.tick_params(labelsize=7.5, colors=INK, length=0)
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            _by_step(ax, entropy, reward, np.arange(1, len(reward) + 1))
             h = np.linspace(np.nanmin(entropy), np.nanmax(entropy), 100)
             for fit, dash, label in (
                 (law.exponential, "-", "all steps"),

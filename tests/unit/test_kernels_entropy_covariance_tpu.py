@@ -7,25 +7,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels.entropy_covariance import pallas_tpu, token_statistics
 from kernels.entropy_covariance.logits import Head
 from kernels.entropy_covariance.pallas_tpu import Tiles, choose_tiles
+from tests.interpreted import INTERPRET, no_races  # noqa: F401  watches every test here
 from tests.unit.test_kernels_entropy_covariance import case, oracle
 
 TILES = Tiles(16, 128, 8)
-INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-
-
-@pytest.fixture(autouse=True)
-def no_races():
-    yield
-    races = interpreter.races
-    found = races is not None and races.races_found
-    pltpu.reset_tpu_interpret_mode_state()
-    assert not found
 
 
 def kernel(hidden, unembedding, targets, temperature=1.0, soft_cap=None, vocab_size=None, tiles=TILES):

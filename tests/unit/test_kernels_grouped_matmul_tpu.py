@@ -7,14 +7,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import aot
 from kernels.grouped_matmul import grouped_matmul, pallas_tpu
 from kernels.grouped_matmul.pallas_tpu import Tiles, by_group, by_tile, choose_tiles
+from tests.interpreted import INTERPRET, no_races  # noqa: F401  watches every test here
 
-INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 M, K, N, E = 80, 40, 24, 5
 GROUPS = {
     "uneven": [10, 0, 33, 16, 21],
@@ -33,15 +31,6 @@ def operands(dtype, seed=0):
 def groups_of(sizes):
     ends = np.cumsum(sizes)
     return list(zip(ends - sizes, ends, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def no_races():
-    yield
-    races = interpreter.races
-    found = races is not None and races.races_found
-    pltpu.reset_tpu_interpret_mode_state()
-    assert not found
 
 
 @pytest.mark.parametrize("transpose", [False, True])
