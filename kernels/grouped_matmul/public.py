@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
@@ -44,9 +45,10 @@ def grouped_matmul(
     what lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default
     the promoted type of the operands, and gradients have the type of their operand.
 
-    ``implementation``: "pallas_tpu" (a kernel for TPUs, compiled for them alone), "ragged_dot" (``jax.lax.ragged_dot``: a
-    kernel on TPU, dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one batched
-    product of blocks: GPUs) or None, by the platform that it is compiled for.
+    ``implementation``: "pallas_tpu" (a kernel for TPUs, compiled for them alone), "ragged_dot" (``jax.lax.ragged_dot``:
+    a kernel on TPU, dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one
+    batched product of blocks: GPUs) or None, by the platform that it is compiled for. No compiler cuts a kernel over devices: on TPU,
+    None is "ragged_dot" where a mesh of several devices is in use (``jax.set_mesh``), but inside ``shard_map``.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
     if depth != lhs.shape[1]:
@@ -72,9 +74,15 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
         *operands,
         cpu=bound("blocked_xla"),
         cuda=bound("batched_xla"),
-        tpu=bound("pallas_tpu"),
+        tpu=bound("pallas_tpu" if _on_one_device() else "ragged_dot"),
         default=bound("ragged_dot"),
     )
+
+
+def _on_one_device() -> bool:
+    """Whether operands are a device's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,6 +7,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from kernels import aot
 from kernels.grouped_matmul import grouped_matmul, pallas_tpu
@@ -120,6 +122,17 @@ def test_what_a_tpu_program_calls():
     text = str(jax.export.export(run, platforms=["tpu"])(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).mlir_module())
     assert text.count("tpu_custom_call") == 2  # the gradients; the product itself is not needed for them
     assert "ragged_dot" not in text and "dot_general" not in text
+
+
+def test_over_several_devices_the_compiler_must_be_able_to_cut_it():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, weights, sizes = jnp.zeros((256, 128)), jnp.zeros((4, 128, 128)), jnp.full(4, 64)
+    called = lambda run: jax.jit(run).trace(rows, weights, sizes).lower(lowering_platforms=("tpu",)).as_text()
+    own = jax.shard_map(grouped_matmul, in_specs=(P("data"), P(), P()), out_specs=P("data"), check_vma=False)
+    with jax.set_mesh(mesh):
+        assert "tpu_custom_call" not in called(lambda *x: grouped_matmul(*x))
+        assert "tpu_custom_call" in called(own)
+    assert "tpu_custom_call" in called(lambda *x: grouped_matmul(*x))
 
 
 @pytest.mark.tpu
