@@ -47,8 +47,8 @@ def grouped_matmul(
 
     ``implementation``: "pallas_tpu" (a kernel for TPUs, compiled for them alone), "ragged_dot" (``jax.lax.ragged_dot``:
     a kernel on TPU, dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one
-    batched product of blocks: GPUs) or None, by the platform that it is compiled for. No compiler cuts a kernel over devices: on TPU,
-    None is "ragged_dot" where a mesh of several devices is in use (``jax.set_mesh``), but inside ``shard_map``.
+    batched product of blocks: GPUs) or None, by the platform that it is compiled for. No compiler cuts a kernel over
+    devices: on TPU, None is "ragged_dot" where a mesh of several is in use (``jax.set_mesh``), but inside ``shard_map``.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
     if depth != lhs.shape[1]:
