@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul, pallas_tpu
+from kernels.grouped_matmul.pallas_tpu import Tiles
 from kernels.grouped_matmul.public import IMPLEMENTATIONS
 
 M, K, N, E = 200, 4, 3, 5
@@ -17,7 +18,17 @@ def both(lhs, rhs, sizes, name):
     return out, *pull(jnp.cos(out))
 
 
+def interpreted(lhs, rhs, sizes):
+    """What ``both`` gives, by the TPU kernels."""
+    options = dict(dtype=lhs.dtype, tiles=Tiles(32, K, N), interpret=True)
+    out = pallas_tpu.product(lhs, rhs, sizes, transpose_rhs=False, **options)
+    g = jnp.cos(out)
+    d_lhs = pallas_tpu.product(g, rhs, sizes, transpose_rhs=True, **options | dict(tiles=Tiles(32, N, K)))
+    return out, d_lhs, pallas_tpu.weight_gradient(lhs, g, sizes, **options)
+
+
 COMPILED = {name: jax.jit(lambda a, b, s, name=name: both(a, b, s, name)) for name in IMPLEMENTATIONS}
+COMPILED["pallas_tpu"] = jax.jit(interpreted)
 
 
 @settings(max_examples=60, deadline=None)
