@@ -143,6 +143,15 @@ def tiny_prompts(batch: int = 4, seed: int = 0, width: int = PROMPT_WIDTH, vocab
     )
 
 
+def prompts_like(parts: Parts, leading: tuple[int, ...] = ()) -> Prompts:
+    """What the stream of a run gives, as zeros."""
+    shape, widths = (*leading, parts.plan.prompts_drawn), parts.prompt_widths
+    of = lambda *own: jnp.zeros((*shape, *own), jnp.int32)
+    optional = lambda width: None if width is None else of(width)
+    reference, demonstration = optional(widths.reference), optional(widths.demonstration)
+    return Prompts(of(widths.prompt), of(), of(), of(), of(), reference, demonstration)
+
+
 def tiny_rollout(**changes: typing.Any) -> RolloutConfig:
     """Groups of two, six tokens, four slots: fewer slots than rows, so that refills happen."""
     rollout = RolloutConfig(

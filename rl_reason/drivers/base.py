@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, processes
+from rl_reason import build, processes, rewards
 from rl_reason.loop.engine import Advanced
 
 
@@ -42,6 +42,7 @@ class Driver(abc.ABC):
     programs: tuple[str, ...]  # compiled by the first step, and then never again
     pending: PyTree = None  # what else a checkpoint has to hold, such as a rollout in flight
     _stream: Stream
+    _verifier: rewards.HostVerifier | rewards.CohortVerifier | None = None  # where the host is asked
 
     @abc.abstractmethod
     def initial_state(self, params: PyTree) -> PyTree:
@@ -67,7 +68,8 @@ class Driver(abc.ABC):
 
     def complaint(self, row: dict[str, float]) -> str | None:
         """What to warn of after a chunk that ended with these metrics."""
-        del row
+        if self._verifier is not None and row["reward/error_fraction"] > 0 and self._verifier.last_error:
+            return f"a verifier failed: {self._verifier.last_error}"
         return None
 
     def skipped_in_a_row(self, state: PyTree) -> int:

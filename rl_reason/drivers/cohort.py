@@ -56,19 +56,21 @@ class Cohort(Driver):
 
     def __init__(self, experiment: build.Experiment, pool: VerifierPool):
         self._experiment = experiment
-        self._host: rewards.CohortVerifier | None = None
+        read: cohort.Read | rewards.CohortVerifier
         if experiment.config.verify == "split":
-            self._host = rewards.CohortVerifier(
+            self._verifier = read = rewards.CohortVerifier(
                 experiment.train,
                 {name: policy.tokenizer for name, policy in experiment.policies.items()},
                 pool,
                 answer_rule=experiment.config.answer_rule,
                 samples=experiment.parts.plan.group_size,
             )
+        else:
+            read = in_graph(experiment)
         policies = {name: policy.parts for name, policy in experiment.policies.items()}
         vote = experiment.parts.slots["reward"]
         assert vote is not None
-        self._engine = cohort.Cohort(policies, self._host or in_graph(experiment), vote.fn, experiment.mesh)
+        self._engine = cohort.Cohort(policies, read, vote.fn, experiment.mesh)
         self.programs: tuple[str, ...] = self._engine.programs
         rows = processes.local_rows(build.rows_sharding(experiment.mesh), experiment.parts.plan.prompts_drawn)
         # The run's own prompts, in each tokenizer's tokens: what data a policy's config names is for its warm-up.
@@ -89,11 +91,6 @@ class Cohort(Driver):
 
     def _tokenizer(self, name: str) -> str:
         return self._experiment.policies[name].config.tokenizer
-
-    def complaint(self, row: dict[str, float]) -> str | None:
-        if row["reward/error_fraction"] > 0 and self._host is not None and self._host.last_error:
-            return f"a verifier failed: {self._host.last_error}"
-        return None
 
     def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
         """Those of ``rollout_records`` with their ``policy``; ``sample_id`` counts through all policies of a group."""

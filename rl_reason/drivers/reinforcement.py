@@ -59,11 +59,6 @@ class Reinforcement(Driver):
     def records(self, out: Advanced, step: int) -> Iterator[dict[str, typing.Any]]:
         return rollout_records(self._experiment, jax.tree.map(lambda x: x[step], out.sampled))
 
-    def complaint(self, row: dict[str, float]) -> str | None:
-        if row["reward/error_fraction"] > 0 and self._verifier.last_error:
-            return f"a verifier failed: {self._verifier.last_error}"
-        return None
-
 
 def make_stream(experiment: build.Experiment, rows: range):
     """The prompts of each step, with what the slots read of them besides."""

@@ -12,7 +12,7 @@ from rl_reason import build, rewards, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.chunk import make_chunk
 from rl_reason.loop.update import Minibatch, apply_gradient, loss_and_gradient
-from rl_reason.types import Prompts, TrainState
+from rl_reason.types import TrainState
 from tests.support import (
     FLOAT64,
     MOE,
@@ -21,6 +21,7 @@ from tests.support import (
     load_config,
     one_device,
     one_of_each,
+    prompts_like,
     tiny_params,
     tiny_parts,
     way_of_losing,
@@ -69,22 +70,11 @@ def test_a_chunk_traces_and_returns_the_state_it_was_given(name):
         answer_rule=experiment.answer_rule,
     )
     shape = (config.steps_per_call, parts.plan.prompts_drawn)
-    int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
 
     def run(key):
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params_like)
         state = build.new_state(parts, params, 0)
-        widths = parts.prompt_widths
-        optional = lambda width: None if width is None else int32((*shape, width))
-        prompts = Prompts(
-            tokens=int32((*shape, widths.prompt)),
-            prompt_len=int32(shape),
-            example_id=int32(shape),
-            uid=int32(shape),
-            route=int32(shape),
-            reference=optional(widths.reference),
-            demonstration=optional(widths.demonstration),
-        )
+        prompts = prompts_like(parts, (config.steps_per_call,))
         del key
         return state, make_chunk(parts, verify)(state, prompts, experiment.sampling)
 

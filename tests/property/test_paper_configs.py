@@ -18,9 +18,9 @@ from rl_reason.loop.chunk import make_step
 from rl_reason.loop.preference import Pairs
 from rl_reason.loop.step import sample_phase
 from rl_reason.models import transformer
-from rl_reason.types import Prompts, Verdicts
+from rl_reason.types import Verdicts
 from tests.property.test_laws import keys_of
-from tests.support import config_names, load_config, one_device
+from tests.support import config_names, load_config, one_device, prompts_like
 
 RL, SUPERVISED = (
     [name for name in config_names(loop) if "paper" in importlib.import_module(f"configs.{name}").ARGS]
@@ -79,15 +79,6 @@ def described(tree):
 def abstract_state(parts):
     params = jax.eval_shape(functools.partial(transformer.init, config=parts.model), jax.random.key(0))
     return jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
-
-
-def prompts_like(parts, leading=()):
-    """What the stream of a run gives, as zeros."""
-    shape, widths = (*leading, parts.plan.prompts_drawn), parts.prompt_widths
-    of = lambda *own: jnp.zeros((*shape, *own), jnp.int32)
-    optional = lambda width: None if width is None else of(width)
-    reference, demonstration = optional(widths.reference), optional(widths.demonstration)
-    return Prompts(of(widths.prompt), of(), of(), of(), of(), reference, demonstration)
 
 
 def test_every_rl_config_has_its_paper():
