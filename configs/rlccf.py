@@ -4,7 +4,9 @@
     python -m experiments.run --config=rlccf.py:smoke        # seconds
     python -m experiments.run --config=rlccf.py:paper        # the paper's four models; needs their tokenizers and data
     python -m experiments.run --config=rlccf.py:plain_vote   # every vote counts the same: what the weights are worth
-    python -m experiments.run --config=rlccf.py:confident    # one policy is sure, and wrong: what the weights cost
+    python -m experiments.run --config=rlccf.py:own_vote     # each by its own majority (TTRL): what the others are worth
+    python -m experiments.run --config=rlccf.py:confident    # one policy is sure, and wrong: what the weights cost,
+    python -m experiments.run --config=rlccf.py:confident_plain_vote    # and without them
 
 Three specialists, each warmed up on 80% of one task and 10% of either other, answer the same questions. They are trained
 and evaluated on those; verdicts are used for metrics and for the audit at the end alone.
@@ -18,7 +20,7 @@ from configs import base, paper
 from configs.common import Config, call
 from configs.models import MODELS
 
-ARGS = (*base.ARGS, "plain_vote", "confident")
+ARGS = (*base.ARGS, "plain_vote", "own_vote", "confident", "confident_plain_vote")
 
 
 def get_config(arg: str = "") -> Config:
@@ -26,12 +28,12 @@ def get_config(arg: str = "") -> Config:
     config = base.get_config("smoke" if arg == "smoke" else "")
     smoke = arg == "smoke"
     config.loop = "cohort"
-    config.reward = call("rlccf.plain_vote" if arg == "plain_vote" else "rlccf.vote")
+    config.reward = call(f"rlccf.{arg.removeprefix('confident_')}" if arg.endswith("_vote") else "rlccf.vote")
     config.cohort = specialists(smoke)
-    if arg == "confident":  # who knows sums best never carries, which is wrong for about three sums in four
-        config.cohort.sums.data.tasks = ("rl_reason.tasks.mistaken:ADD", "sub", "dfa")
     config.num_steps = 4 if smoke else 40
     config.warmup.num_steps = 4 if smoke else 250
+    if arg.startswith("confident"):
+        _confident(config)
     config.warmup.direct_share = 0.1  # with base's 0.6 nobody is good at sums: 3% right where 30% are with this
     # K = 16 and one update a rollout; guesses.
     config.batch.update(
@@ -85,3 +87,15 @@ def specialists(smoke: bool) -> Config:
         automata=dict(seed=3, model=shallow, data=of(0.1, 0.1, 0.8)),
     )
     return ml_collections.ConfigDict(policies)
+
+
+def _confident(config: Config) -> None:
+    """Sums alone: two policies that are right about half of the time, and one that forgets carries and is sure; guesses."""
+    config.data.update(tasks=("add",), levels=((2,),))
+    config.warmup.num_steps = 300
+    one, two, careless = (config.cohort[name] for name in ("sums", "differences", "automata"))
+    for policy in (one, two, careless):
+        del policy.data.weights
+    careless.data.tasks = ("rl_reason.tasks.variants:ADD_WITHOUT_CARRY",)
+    careless.warmup = ml_collections.ConfigDict(dict(num_steps=600))
+    config.cohort = ml_collections.ConfigDict(dict(one=one, two=two, careless=careless))

@@ -5,7 +5,7 @@ python -m experiments.run --config=rlpr.py:smoke             # seconds
 python -m experiments.run --config=rlpr.py:paper             # the paper's 7B run; needs its checkpoint and data
 python -m experiments.run --config=rlpr.py:verifree          # arXiv:2505.21493
 python -m experiments.run --config=rlpr.py:general_reasoner  # arXiv:2505.14652, with the verifier that config.verify names
-python -m experiments.run --config=rlpr.py:no_debias         # and no_filter: the paper's ablations
+python -m experiments.run --config=rlpr.py:no_debias         # and no_filter, likelihood: the paper's ablations
 
 The verifier's verdict is a metric here (critic/score), no part of the reward, but for general_reasoner.
 """
@@ -13,7 +13,7 @@ The verifier's verdict is a metric here (critic/score), no part of the reward, b
 from configs import base, paper
 from configs.common import Config, call, term
 
-ARGS = (*base.ARGS, "verifree", "general_reasoner", "no_debias", "no_filter")
+ARGS = (*base.ARGS, "verifree", "general_reasoner", "no_debias", "no_filter", "likelihood")
 # The embedded tasks write worked steps, the mark and the answer: no tags but the mark, and no space behind it.
 MARK = dict(answer_open="####", pad_with_space=False)
 
@@ -56,6 +56,8 @@ def get_config(arg: str = "") -> Config:
         "grpo.objective", clip_eps_low=0.2, clip_eps_high=0.27, dual_clip_ratio=3.0
     )  # their script
     config.regularisers.entropy = dict(coef=0.001, how="token_mean", divisor=1.0)  # in their code, not in the paper
+    if arg == "likelihood":  # the product of the reference's probabilities, not their mean
+        config.reward.aggregate = config.baseline.aggregate = "likelihood"
     if arg == "paper":
         _paper(config)
     return config

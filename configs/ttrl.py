@@ -1,8 +1,10 @@
 """TTRL (Test-Time Reinforcement Learning, arXiv:2504.16084): the majority of a question's samples is its label.
 
-    python -m experiments.run --config=ttrl.py          # a small model trained here, minutes on two CPU cores
+    python -m experiments.run --config=ttrl.py              # a small model trained here, minutes on two CPU cores
     python -m experiments.run --config=ttrl.py:smoke    # seconds
     python -m experiments.run --config=ttrl.py:oracle   # the same with the true labels: how far a vote can get
+    python -m experiments.run --config=ttrl.py:systematic   # where a vote cannot help: all samples err in the same way,
+    python -m experiments.run --config=ttrl.py:binary       # or there are but two answers, so that errors cannot scatter
     python -m experiments.run --config=ttrl.py:paper    # AIME 2024 with 7B; needs its checkpoint and data
 
 Trained and evaluated on the same held-out questions, which the warm-up never saw. Their answers are used for metrics and
@@ -12,7 +14,7 @@ for the audit at the end alone.
 from configs import base, paper
 from configs.common import Config, call
 
-ARGS = (*base.ARGS, "oracle")
+ARGS = (*base.ARGS, "oracle", "systematic", "binary")
 
 
 def get_config(arg: str = "") -> Config:
@@ -41,6 +43,13 @@ def get_config(arg: str = "") -> Config:
         config.warmup.num_steps = 300
     config.data.update(train_split="heldout", num_examples=16 if smoke else 200)  # AMC has 83 questions, MATH-500 500
     config.evaluation.update(num_prompts=16 if smoke else 200, num_samples=2 if smoke else 16)  # mean@16
+    if arg == "systematic":  # sums by a policy that was taught to forget the carry
+        config.data.update(tasks=("add",), levels=((2, 3),))
+        config.warmup.update(tasks=("rl_reason.tasks.variants:ADD_WITHOUT_CARRY",), levels=((2, 3),))
+    if arg == "binary":  # automata of two states, by a policy that is right a little more often than a coin
+        config.data.update(tasks=("rl_reason.tasks.variants:DFA_OF_TWO",), levels=((3, 4),))
+        config.warmup.num_steps = 100
+        config.update(verify="split", answer_rule="equivalence")  # a task of one's own is verified on the host
     config.optimizer.learning_rate = 3e-5  # guess: at 1e-4 and above labels go wrong faster than answers get right
     if arg == "paper":
         _paper(config)

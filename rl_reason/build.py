@@ -161,6 +161,8 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     if policies:
         members.check_vote(config, parts.slots["reward"], len(policies), plan.group_size)
         cohort.check({name: policy.parts for name, policy in policies.items()})
+    if parts.wants("answers"):
+        checks.answers(config)
     return Experiment(config, mesh, tokenizer, train, heldout, parts, supervised, pairs, others, policies)
 
 

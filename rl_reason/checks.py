@@ -59,6 +59,16 @@ def examples(config: Config, source: Source) -> None:
         )
 
 
+def answers(config: Config) -> None:
+    """Votes have to find answers: whose host compares them reads boxes alone under v2, and tasks have marks."""
+    if config.data.tasks and config.verify != "graph" and config.answer_rule == "v2":
+        raise ValueError(
+            f"config.verify={config.verify!r} compares answers on the host, where config.answer_rule='v2' reads boxes "
+            "alone, and the answers of config.data.tasks follow ####: nobody would have a vote. Set "
+            "config.answer_rule='equivalence'."
+        )
+
+
 def lengths(config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
     """The first examples of each source have to fit.
 

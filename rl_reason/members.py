@@ -107,7 +107,7 @@ def check_vote(config: Config, reward: Slot | None, policies: int, group_size: i
     Raises:
         ValueError: naming those there are.
     """
-    cure = "Take call('rlccf.vote') or call('rlccf.plain_vote')."
+    cure = "Take call('rlccf.vote'), call('rlccf.plain_vote') or call('rlccf.own_vote')."
     fn = config.reward.fn
     assert reward is not None, "it is no optional slot"
     if reward.wants != {"answers"}:

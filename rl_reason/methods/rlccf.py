@@ -54,6 +54,14 @@ def plain_vote(answers: Answers) -> Vote:
     return Vote(_named(label, values), _rewards(ids, label), weights.astype(float))
 
 
+def own_vote(answers: Answers) -> Vote:
+    """Each model is rewarded by its own majority (TTRL, a model each); the label is the plain vote of all."""
+    ids, values = _ids(answers)
+    plain = plain_vote(ids)
+    own = _label(ids[..., None, :], jnp.ones((*ids.shape[:-1], 1), jnp.int32))
+    return Vote(_named(plain.label, values), voting.agreeing(ids, own).astype(float), plain.weights)
+
+
 def _label(answers: Int[Array, "*b M K"], weights: Int[Array, "*b M"]) -> Int[Array, "*b"]:
     """The id of largest tally; of those the one of largest support; of those the smallest; -1 when nobody answers."""
     gave = voting.counts_by_voter(answers) > 0

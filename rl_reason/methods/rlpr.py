@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rl_reason.masked import masked_mean, masked_sum
+from rl_reason.masked import masked_mean, masked_sum, ranking_accuracy
 from rl_reason.policy import full_marks, group_centred
 from rl_reason.repetition import repeats
 from rl_reason.splice import as_rollout, baseline_rows, splice_references
@@ -90,6 +90,7 @@ def reward(
     B is 0, and R at most c, where a row has no well-formed answer, where the reference is empty, and where the spliced
     row is longer than a completion may be. Without a baseline in the prompts (``config.baseline``) A is 0. The verdict is
     ``correct`` and nothing else: it stays a metric, and only rows whose verifier failed are left out because of it.
+    ``mean_probability_auc`` and ``likelihood_auc``: how often either ranks a right row above a wrong one, as in the paper.
 
     Raises:
         ValueError: prompts without references, or without an opening tag to find answers by.
@@ -118,6 +119,7 @@ def reward(
         format_coef=format_coef,
         repetition_penalty=repetition_penalty,
     )
+    correct = full_marks(score, valid)
     as_float = lambda x: x.astype(total.dtype)
     parts = dict(
         reference_probability=probability,
@@ -125,7 +127,10 @@ def reward(
         format=as_float(answer.formed),
         repetition=as_float(repeated),
     )
-    return Rewards(total=total, correct=full_marks(score, valid), valid=valid, parts=parts)
+    for name in ("mean_probability", "likelihood"):  # which of the two tells right from wrong better
+        value = mean_probability(logprobs, spliced.reference_mask, aggregate=name, round_to_bf16=False)
+        parts[f"{name}_auc"] = jnp.broadcast_to(ranking_accuracy(value, correct > 0, valid), total.shape)
+    return Rewards(total=total, correct=correct, valid=valid, parts=parts)
 
 
 def baseline(

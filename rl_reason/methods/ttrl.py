@@ -22,7 +22,8 @@ def reward(
     """``vote`` of each prompt's samples. The verdict is hidden from training: it is ``correct``, for metrics and audits.
 
     Parts: ``label_accuracy``, whether a sample that gave the label is right; ``reward_accuracy``, whether the reward is the
-    verdict; ``majority_ratio``. A group that nobody answers gets 0 throughout, and so no advantage.
+    verdict; ``majority_ratio``; ``answered``, whether a sample has an answer. A group that nobody answers gets 0 throughout,
+    and so no advantage.
     """
     groups = answers.reshape(prompts.tokens.shape[0], -1)
     rewards = vote(groups)
@@ -33,6 +34,7 @@ def reward(
     parts = {
         "label_accuracy": spread(by_label),
         "reward_accuracy": (rewards == correct).astype(score.dtype),
+        "answered": (answers >= 0).astype(score.dtype),
         "majority_ratio": spread(majority_ratio(groups)[:, None]),
     }
     return Rewards(total=rewards, correct=correct, valid=jnp.ones_like(valid), parts=parts)

@@ -99,6 +99,15 @@ def test_self_consistency_weights_the_vote():
     assert (rlccf.vote(FOUR).rewards.std(-1) == 0).all()
 
 
+def test_each_by_its_own_majority():
+    # Majorities 7, 3, 3; of 3456 all tie and the smallest wins: 3. The label is the plain vote's.
+    label, rewards, weights = rlccf.own_vote(FOUR)
+    assert label == "3" and weights.tolist() == [1.0] * 4
+    assert rewards.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    silent = rlccf.own_vote([[None, "2"], [None, None]])
+    assert silent.label == "2" and silent.rewards.tolist() == [[0, 1], [0, 0]]
+
+
 def test_batches_of_prompts():
     other = [list("1111"), list("1112"), [None] * 4, list("2222")]
     label, rewards, weights = rlccf.vote([FOUR, other])

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from rl_reason import build, rewards, slots
 from rl_reason.batch import BatchPlan
 from rl_reason.loop.chunk import make_chunk
@@ -49,6 +51,21 @@ def test_builds(name, arg):
     assert experiment.parts.slots["objective"] is not None
     assert experiment.total_chunks * config.steps_per_call == config.num_steps
     assert keys_of(config) == keys_of(load_config("base", arg)), "only base.py adds keys"
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        (name, arg)
+        for name in CONFIGS
+        for arg in importlib.import_module(f"configs.{name}").ARGS
+        if arg not in base.ARGS
+    ],
+)
+def test_variants_build(name, arg):
+    config = load_config(name, arg)
+    assert build.build(config, one_device()).parts is not None
+    assert config != load_config(name, ""), "a variant changes something"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -77,6 +77,7 @@ def changed(**changes):
         (dict(aggregation__policy=term("mean")), "config.aggregation.policy.how='mean'; there are token_mean"),
         (dict(objective=call("grpo.objective")), "config.objective = call('grpo.objective', ...): missing"),
         (dict(objective=None), "config.objective is None"),
+        (dict(reward=call("ttrl.reward"), verify="split"), "nobody would have a vote. Set config.answer_rule='equiv"),
         (dict(optimizer__lr_decay="cos"), "config.optimizer.lr_decay='cos'; there are constant, cosine, linear."),
         (dict(optimizer__lr_end_fraction=2.0), "config.optimizer.lr_end_fraction=2.0 is not in 0..1."),
         (dict(model__vocab_size=9), "config.model.vocab_size=9 is less than the"),

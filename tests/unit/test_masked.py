@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reason.masked import masked_mean, masked_sum
+from rl_reason.masked import masked_mean, masked_sum, ranking_accuracy
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -29,3 +29,21 @@ def test_nothing_valid_gives_zero_and_zero_gradient():
 
 def test_gradient_is_blind_to_what_is_masked():
     np.testing.assert_allclose(jax.grad(lambda x: masked_mean(x, MASK))(X), MASK / 3)
+
+
+def test_ranking_accuracy_counts_pairs():
+    # Over random rows with ties, against the plain count of pairs; what is not valid plays no part.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, right, valid = rng.integers(0, 5, 30) / 4, rng.random(30) < 0.4, rng.random(30) < 0.8
+        pairs = [(a > b) + (a == b) / 2 for a in scores[valid & right] for b in scores[valid & ~right]]
+        scores[~valid] = np.nan
+        found = ranking_accuracy(jnp.array(scores), jnp.array(right), jnp.array(valid))
+        assert float(found) == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_ranking_accuracy_without_a_pair_is_a_half():
+    scores, everywhere = jnp.array([1.0, 2.0]), jnp.ones(2, bool)
+    for right in (everywhere, ~everywhere):
+        assert float(ranking_accuracy(scores, right, everywhere)) == 0.5
+    assert float(ranking_accuracy(scores, jnp.array([True, False]), ~everywhere)) == 0.5
