@@ -26,7 +26,7 @@ def row_tiles(group_sizes: jax.Array, num_rows: int, at_once: int) -> RowTiles:
     ends = jnp.pad(ends, (0, -len(ends) % at_once), mode="edge")
     starts = jnp.append(jnp.int32(0), ends[:-1])
     pairs, rest = (ends - starts) // (TEAM * SLAB), (ends - starts) % (TEAM * SLAB)
-    double, single = pairs + (rest > SLAB), jnp.where((rest > 0) & (rest <= SLAB), 1, 0)
+    double, single = pairs + (rest > SLAB), ((rest > 0) & (rest <= SLAB)).astype(jnp.int32)
     lengths = jnp.stack([double.reshape(-1, at_once), single.reshape(-1, at_once)], axis=1).reshape(-1)
     until = _running_sum(lengths)
     index = jnp.arange(num_rows // (TEAM * SLAB) + len(group_sizes) + 1, dtype=jnp.int32)

@@ -84,7 +84,7 @@ def _product(*refs, transpose_rhs: bool, interpret: Any):
 
     def find(index):
         row, column = place(index, count[0], columns)
-        steps = jnp.where(group[row] < rhs.shape[0], pl.cdiv(lhs.shape[1], STEP), 0)
+        steps = jnp.where(group[row] < rhs.shape[0], jnp.int32(pl.cdiv(lhs.shape[1], STEP)), 0)
         return _ProductTile(group[row], first[row], second[row], end[row], column, steps)
 
     def load(tile, step):

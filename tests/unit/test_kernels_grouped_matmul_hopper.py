@@ -150,6 +150,10 @@ def test_lowered(dtype, transpose):
     assert called(functools.partial(gradients, name="pallas_hopper"), *SHAPES) == 2
 
 
+def test_lowered_with_64_bit_numbers(x64):
+    assert called(functools.partial(gradients, name="pallas_hopper"), *SHAPES[:2], ((E,), jnp.int64)) == 2
+
+
 def test_what_a_cuda_program_calls():
     assert called(gradients, *SHAPES) == 0  # nothing says that it is for Hopper
     with hopper("NVIDIA A100-SXM4-80GB"):
