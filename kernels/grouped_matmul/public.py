@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.grouped_matmul import batched_xla, blocked_xla, pallas_tpu, ragged_dot
+from kernels.grouped_matmul import batched_xla, blocked_xla, pallas_hopper, pallas_tpu, ragged_dot
 
 
 class Implementation(NamedTuple):
@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
     "batched_xla": Implementation(batched_xla.product, batched_xla.weight_gradient),
     "blocked_xla": Implementation(blocked_xla.product, blocked_xla.weight_gradient),
     "pallas_tpu": Implementation(pallas_tpu.product, pallas_tpu.weight_gradient),
+    "pallas_hopper": Implementation(pallas_hopper.product, pallas_hopper.weight_gradient),
 }
 
 
@@ -45,10 +46,12 @@ def grouped_matmul(
     what lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default
     the promoted type of the operands, and gradients have the type of their operand.
 
-    ``implementation``: "pallas_tpu" (a kernel for TPUs, compiled for them alone), "ragged_dot" (``jax.lax.ragged_dot``:
-    a kernel on TPU, dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one
-    batched product of blocks: GPUs) or None, by the platform that it is compiled for. No compiler cuts a kernel over
-    devices: on TPU, None is "ragged_dot" where a mesh of several is in use (``jax.set_mesh``), but inside ``shard_map``.
+    ``implementation``: "pallas_tpu" and "pallas_hopper" (kernels for TPUs and for Hopper GPUs, compiled for them alone;
+    the second for 16-bit operands and axes in multiples of 64), "ragged_dot" (``jax.lax.ragged_dot``: a kernel on TPU,
+    dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one batched product of
+    blocks: other GPUs) or None, by the platform that it is compiled for, and on GPUs by ``pallas_hopper.refusal`` and
+    ``on_hopper``, when traced. No compiler cuts a kernel over devices: where a mesh of several is in use
+    (``jax.set_mesh``), None is "ragged_dot" on TPU and "batched_xla" on GPUs, but inside ``shard_map``.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
     if depth != lhs.shape[1]:
@@ -69,11 +72,13 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
 
     if name is not None:
         return bound(name)(*operands)
+    lhs, other, _ = operands
+    hopper = _on_one_device() and pallas_hopper.on_hopper() and not pallas_hopper.refusal(lhs, other, static["dtype"])
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *operands,
         cpu=bound("blocked_xla"),
-        cuda=bound("batched_xla"),
+        cuda=bound("pallas_hopper" if hopper else "batched_xla"),
         tpu=bound("pallas_tpu" if _on_one_device() else "ragged_dot"),
         default=bound("ragged_dot"),
     )

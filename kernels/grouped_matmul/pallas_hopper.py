@@ -1,0 +1,410 @@
+"""Hopper kernels (wgmma and TMA, by Pallas Mosaic GPU): a block for each multiprocessor, which goes from tile to tile.
+
+In a block one warpgroup loads and two multiply, each a slab of 64 rows of a tile 256 columns wide: what one stores is in
+the shadow of what the other multiplies, and loads go on where a tile ends. ``hopper_tiles`` says which tiles there are.
+
+* ``product``: slabs begin at any row. A group's last slab is moved back to end with its group, and repeats some rows of
+  the one before (the same numbers, stored twice). Only a group of less than 64 rows is stored row by row.
+* ``weight_gradient``: rows are contracted, in blocks that begin at a multiple of 8. What a block holds of other groups
+  counts as zero in lhs, and in g what lies beyond all groups: nothing comes from there, but a NaN of g can reach the
+  gradient of the next group.
+
+One H200, bf16, uneven groups (Dirichlet(2) multinomial), in a run in which a dense product reached 768 TFLOP/s; forward
+and both gradients in ms, ``torch._grouped_mm`` 2.11 in brackets: T=65536 E=128 2048->768 0.39 (0.39) and 0.81 (0.85),
+768->2048 0.40 (0.47) and 0.79 (0.91); T=2048 E=128 2048->768 0.12 (0.14) and 0.28 (0.35); T=65536 E=8 4096->14336 11.5
+(12.6) and 22.9 (24.4). Masking g for neighbours too costs 6% of the first shape's weight gradient.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, place, remainder, row_tiles
+
+COLUMNS = 256  # of a tile: 128 registers of a thread
+STEP = 64  # contracted at a time
+STAGES = 4  # steps in shared memory
+STORES = 2  # pieces of a slab on their way to memory
+LINE = 128  # bytes of a row in shared memory: the widest swizzle
+CACHED = 2**25  # bytes of matrices worked on at a time, out of 50 MiB of cache
+
+
+def product(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transpose_rhs: bool,
+    dtype: jnp.dtype,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[M, N] in ``dtype``. ``ValueError``: what ``refusal`` says."""
+    _check(lhs, rhs, dtype)
+    (num_rows, depth), width = lhs.shape, rhs.shape[1 if transpose_rhs else 2]
+    out = jax.ShapeDtypeStruct((num_rows, width), dtype)
+    if 0 in (num_rows, depth, width, len(rhs)):
+        return jnp.zeros(out.shape, dtype)
+    at_once = min(max(1, CACHED // (rhs.dtype.itemsize * depth * width)), len(rhs) + 1)
+    tile = (COLUMNS, STEP) if transpose_rhs else (STEP, COLUMNS)
+    memory = [
+        _two_views((STAGES, TEAM, SLAB, STEP), lhs.dtype, interpret),
+        _tiled((STAGES, *tile), rhs.dtype),
+        _two_views((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype, interpret),
+        plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
+    ]
+    body = functools.partial(_product, transpose_rhs=transpose_rhs, interpret=interpret)
+    # Two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
+    run = _kernel("grouped_matmul", body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
+    return run(*row_tiles(group_sizes, num_rows, at_once), lhs, rhs)
+
+
+class _ProductTile(NamedTuple):
+    group: jax.Array
+    first: jax.Array
+    second: jax.Array
+    end: jax.Array
+    column: jax.Array
+    steps: jax.Array
+
+
+def _product(*refs, transpose_rhs: bool, interpret: Any):
+    group, first, second, end, count, lhs, rhs, out, lhs_memory, rhs_tiles, out_memory, full, empty = refs
+    lhs_rows, lhs_tiles = _views(lhs_memory, interpret)
+    out_rows, out_tiles = _views(out_memory, interpret)
+    me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
+    columns = pl.cdiv(out.shape[1], COLUMNS)
+
+    def find(index):
+        row, column = place(index, count[0], columns)
+        steps = jnp.where(group[row] < rhs.shape[0], jnp.int32(pl.cdiv(lhs.shape[1], STEP)), 0)
+        return _ProductTile(group[row], first[row], second[row], end[row], column, steps)
+
+    def load(tile, step):
+        def fetch(k, slot):
+            ks, ns = pl.ds(k * STEP, STEP), pl.ds(tile.column * COLUMNS, COLUMNS)
+            weights = rhs.at[tile.group, ns, ks] if transpose_rhs else rhs.at[tile.group, ks, ns]
+            plgpu.copy_gmem_to_smem(weights, rhs_tiles.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(lhs.at[pl.ds(tile.first, SLAB), ks], lhs_rows.at[slot, 0], full.at[slot])
+
+            @pl.when(tile.second < tile.end)
+            def _():
+                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(tile.second, SLAB), ks], lhs_rows.at[slot, 1], full.at[slot])
+
+            @pl.when(tile.second >= tile.end)
+            def _():
+                plgpu.barrier_arrive(full.at[slot])
+
+        return ring.fill(tile.steps, step, fetch)
+
+    def multiply(tile, step):
+        row = jnp.where(me == 0, tile.first, tile.second)
+
+        def operands(k, slot):
+            weights = rhs_tiles.at[slot]
+            return lhs_tiles.at[slot, me], weights.transpose((1, 0)) if transpose_rhs else weights
+
+        def store(slot, at):
+            piece, columns = out_rows.at[me, slot], pl.ds(tile.column * COLUMNS + at, out_rows.shape[-1])
+
+            @pl.when(row + SLAB <= tile.end)
+            def _():
+                plgpu.copy_smem_to_gmem(piece, out.at[pl.ds(row, SLAB), columns], commit_group=False)
+
+            @pl.when(row + SLAB > tile.end)
+            def _():
+                @pl.loop(0, tile.end - row)
+                def _(i):
+                    to = out.at[pl.ds(row + i, 1), columns]
+                    plgpu.copy_smem_to_gmem(piece.at[pl.ds(i, 1)], to, commit_group=False)
+
+        @pl.when(row < tile.end)
+        def _():
+            _store(ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
+
+        @pl.when(row >= tile.end)
+        def _():
+            ring.skip(tile.steps, step)
+
+        return step + tile.steps
+
+    _work(ring, count[0] * columns, find, load, multiply)
+
+
+def weight_gradient(
+    lhs: jax.Array,
+    g: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[E, K, N] in ``dtype``: lhs^T g within each group. ``ValueError``: what ``refusal`` says."""
+    _check(lhs, g, dtype)
+    (num_rows, depth), width = lhs.shape, g.shape[1]
+    out = jax.ShapeDtypeStruct((len(group_sizes), depth, width), dtype)
+    if 0 in (num_rows, *out.shape):
+        return jnp.zeros(out.shape, dtype)
+    memory = [
+        _tiled((STAGES, TEAM, STEP, SLAB), lhs.dtype),
+        _tiled((STAGES, STEP, COLUMNS), g.dtype),
+        _tiled((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype),
+        plgpu.Barrier(num_arrivals=1 + TEAM, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=TEAM),
+    ]
+    semantics = plgpu.LoweringSemantics.Warpgroup
+    run = _kernel("grouped_matmul_weight_gradient", _gradient, out, memory, semantics, blocks, interpret)
+    return run(*by_size(group_sizes, num_rows), lhs, g)
+
+
+class _GradientTile(NamedTuple):
+    group: jax.Array
+    start: jax.Array
+    end: jax.Array
+    at: jax.Array  # row of the first block, a multiple of 8 at or before the start
+    row: jax.Array
+    column: jax.Array
+    steps: jax.Array
+
+
+def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_tiles, full, empty, masked):
+    me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
+    groups, rows, columns = out.shape[0], pl.cdiv(out.shape[1], TEAM * SLAB), pl.cdiv(out.shape[2], COLUMNS)
+
+    def find(index):
+        nth = divide(index, rows * columns)
+        at = divide(start[nth], 8) * 8
+        steps = jnp.where(end[nth] > start[nth], divide(end[nth] - at + STEP - 1, STEP), 0)
+        return _GradientTile(
+            group[nth], start[nth], end[nth], at, *place(remainder(index, rows * columns), rows, columns), steps
+        )
+
+    def load(tile, step):
+        def fetch(k, slot):
+            block = pl.ds(pl.multiple_of(tile.at + k * STEP, 8), STEP)
+            plgpu.copy_gmem_to_smem(
+                g.at[block, pl.ds(tile.column * COLUMNS, COLUMNS)], g_tiles.at[slot], full.at[slot]
+            )
+            for i in range(TEAM):
+                slab = lhs.at[block, pl.ds((tile.row * TEAM + i) * SLAB, SLAB)]
+                plgpu.copy_gmem_to_smem(slab, lhs_tiles.at[slot, i], full.at[slot])
+
+        return ring.fill(tile.steps, step, fetch)
+
+    def multiply(tile, step):
+        def operands(k, slot):
+            low, high = tile.start - tile.at - k * STEP, tile.end - tile.at - k * STEP
+
+            def keep(ref):
+                row = plgpu.broadcasted_iota(jnp.int32, (STEP, SLAB), 0, layout=plgpu.Layout.WGMMA)
+                ref[...] = jnp.where((row >= low) & (row < high), ref[...], jnp.zeros((), ref.dtype))
+
+            @pl.when((low > 0) | (high < STEP))
+            def _():
+                keep(lhs_tiles.at[slot, me])
+                plgpu.commit_smem()
+
+            @pl.when((high < STEP) & (tile.at + (k + 1) * STEP > total[0]))  # there may be NaN beyond all groups
+            def _():
+                for i in range(COLUMNS // TEAM // SLAB):
+                    keep(g_tiles.at[slot, :, pl.ds((me * (COLUMNS // TEAM // SLAB) + i) * SLAB, SLAB)])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(masked)
+                plgpu.barrier_wait(masked)
+
+            return lhs_tiles.at[slot, me].transpose((1, 0)), g_tiles.at[slot]
+
+        def store(slot, at):
+            slab = pl.ds((tile.row * TEAM + me) * SLAB, SLAB)
+            to = out.at[tile.group, slab, pl.ds(tile.column * COLUMNS + at, out_tiles.shape[-1])]
+            plgpu.copy_smem_to_gmem(out_tiles.at[me, slot], to, commit_group=False)
+
+        _store(ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
+        return step + tile.steps
+
+    _work(ring, jnp.int32(groups * rows * columns), find, load, multiply)
+
+
+class _Ring(NamedTuple):
+    """Stages of shared memory between the warpgroup that loads and those that multiply; steps are counted over all tiles."""
+
+    full: Any  # barriers [STAGES]: loaded
+    empty: Any  # multiplied by all
+
+    def fill(self, steps: jax.Array, step: jax.Array, fetch: Callable) -> jax.Array:
+        """``fetch(k, slot)`` for each of a tile's steps, once the slot is free."""
+
+        def body(k, step):
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
+
+            fetch(k, remainder(step, STAGES))
+            return step + 1
+
+        return jax.lax.fori_loop(0, steps, body, step)
+
+    def drain(self, step: jax.Array) -> None:
+        """Waits for those that multiply."""
+
+        @pl.loop(jnp.maximum(step - STAGES, 0), step)
+        def _(step):
+            plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
+
+    def multiply(self, steps: jax.Array, step: jax.Array, operands: Callable) -> jax.Array:
+        """[SLAB, COLUMNS] in fp32: the sum of the products of ``operands(k, slot)``, one behind the one before."""
+
+        def scope(total):
+            def body(k, step):
+                plgpu.barrier_wait(self.full.at[remainder(step, STAGES)])
+                plgpu.wgmma(total, *operands(k, remainder(step, STAGES)))
+                plgpu.wgmma_wait(1)
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(step - 1, STAGES)]))
+                return step + 1
+
+            done = jax.lax.fori_loop(0, steps, body, step)
+            result = total[...]
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(done - 1, STAGES)]))
+            return result
+
+        return pl.run_scoped(scope, plgpu.ACC((SLAB, COLUMNS), jnp.float32))
+
+    def skip(self, steps: jax.Array, step: jax.Array) -> None:
+        """Lets a tile's steps pass."""
+
+        @pl.loop(0, steps)
+        def _(k):
+            plgpu.barrier_wait(self.full.at[remainder(step + k, STAGES)])
+            plgpu.barrier_arrive(self.empty.at[remainder(step + k, STAGES)])
+
+
+def _work(ring: _Ring, tiles: jax.Array, find: Callable, load: Callable, multiply: Callable) -> None:
+    """This block's tiles: ``step = load(find(index), step)`` in one warpgroup, ``multiply`` in the others."""
+    me, block, blocks = (jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block"))
+
+    def each_tile(run):
+        def body(i, carry):
+            tile, step = carry
+            following = find(jnp.minimum(block + (i + 1) * blocks, tiles - 1))  # read while this one is worked on
+            return following, run(tile, step)
+
+        first = find(jnp.minimum(block, tiles - 1)), jnp.int32(0)
+        return jax.lax.fori_loop(0, divide(tiles - block + blocks - 1, blocks), body, first)[1]
+
+    @pl.when(me == TEAM)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        ring.drain(each_tile(load))
+
+    @pl.when(me < TEAM)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        each_tile(multiply)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _store(slab: jax.Array, pieces: Any, copy: Callable) -> None:
+    """A slab by pieces of so many columns: ``copy(slot, column)`` sends what lies in ``pieces[slot]``."""
+    width = pieces.shape[-1]
+    for i in range(COLUMNS // width):
+        plgpu.wait_smem_to_gmem(STORES - 1, wait_read_only=True)
+        pieces[i % STORES] = slab[:, i * width : (i + 1) * width].astype(pieces.dtype)
+        plgpu.commit_smem()
+        copy(i % STORES, i * width)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _kernel(name, body, out, memory, semantics, blocks, interpret):
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=memory,
+        grid=(blocks or _multiprocessors(),),
+        grid_names=("block",),
+        num_threads=TEAM + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics),
+        interpret=interpret,
+        kernel_name=name,
+    )
+
+
+def _tiled(shape: tuple[int, ...], dtype: jnp.dtype):
+    """Shared memory as wgmma reads it."""
+    transforms = plgpu.TilingTransform((8, LINE // dtype.itemsize)), plgpu.SwizzleTransform(LINE)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: Any):
+    """The same, and row by row: rows of one line lie alike in both, and only the second can be copied to or from any row.
+
+    The interpreter knows no layouts, and would give each view a memory of its own.
+    """
+    rows = plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(LINE),))
+    return _tiled(shape, dtype) if interpret else plgpu.RefUnion(rows, _tiled(shape, dtype))
+
+
+def _views(memory: Any, interpret: Any) -> Any:
+    return (memory, memory) if interpret else memory
+
+
+def refusal(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> str:
+    """Why lhs [M, K] and rhs [E, K, N] or [E, N, K], or lhs and g [M, N], are not for these kernels; "" if they are."""
+    if lhs.dtype != other.dtype or lhs.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the operands are {lhs.dtype} and {other.dtype}, and have to be both bfloat16 or both float16"
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"preferred_element_type={dtype} has to be bfloat16, float16 or float32"
+    if any(size % STEP for size in (lhs.shape[1], *other.shape[1:])):
+        return f"K and N of {lhs.shape} and {other.shape} have to be multiples of {STEP}"
+    if other.ndim == 2 and lhs.shape[0] % 8:
+        return f"M={lhs.shape[0]} has to be a multiple of 8 for the gradient of rhs"
+    return ""
+
+
+def on_hopper() -> bool | None:
+    """Whether a program that is traced now is for Hopper (compute capability 9.x); None where nothing tells.
+
+    A mesh in use that has a GPU (``jax.sharding.AbstractDevice``) says so, else this process's first CUDA device. A machine
+    without any cannot know for which ones it lowers.
+    """
+    device = _device()
+    if device is None:
+        return None
+    if capability := getattr(device, "compute_capability", ""):
+        return capability.startswith("9.")
+    return re.search(r"\bG?H\d", device.device_kind) is not None  # H100, H200, H800, H20, GH200
+
+
+def _device() -> Any:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        return device
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:  # there are none
+        return None
+
+
+def _multiprocessors() -> int:
+    """132, of an H100 or H200, where nothing tells."""
+    device = _device()
+    return 132 if device is None else getattr(device, "core_count", 0) or getattr(device, "num_cores", 0) or 132
+
+
+def _check(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> None:
+    reason = refusal(lhs, other, dtype)
+    if on_hopper() is False:
+        reason = (
+            f"the device is {_device().device_kind}, and has to be of compute capability 9.x, as H100 and H200 are"
+        )
+    if reason:
+        raise ValueError(f'grouped_matmul: implementation="pallas_hopper": {reason}; pass implementation=None')
