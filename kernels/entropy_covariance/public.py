@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.entropy_covariance import chunked_xla, pallas_tpu, reference, row_blocks_xla
+from kernels.entropy_covariance import chunked_xla, pallas_hopper, pallas_tpu, reference, row_blocks_xla
 from kernels.entropy_covariance.logits import Head
 
 # One entry an implementation; a backend is one more file and one more line here and in `_choose`.
@@ -30,6 +30,7 @@ IMPLEMENTATIONS = {
     "row_blocks_xla": row_blocks_xla.token_statistics,
     "chunked_xla": chunked_xla.token_statistics,
     "pallas_tpu": pallas_tpu.token_statistics,
+    "pallas_hopper": pallas_hopper.token_statistics,
 }
 
 # Bytes of fp32 logits on a device up to which all at once are faster than blocks that are computed twice.
@@ -89,8 +90,13 @@ def token_statistics(
         raise ValueError(f"token_statistics: row_shards={row_shards} must be at least 1, the default")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"token_statistics: soft_cap={soft_cap} must be positive; None for no cap")
-    name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards) if implementation is None else implementation
-    function = dispatch.named("token_statistics", IMPLEMENTATIONS, name)
+    if implementation is not None:
+        function = dispatch.named("token_statistics", IMPLEMENTATIONS, implementation)
+    else:
+        name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards)
+        fits = not pallas_hopper.unfit(hidden, unembedding, row_shards, vocab_shards)
+        hopper = name == "chunked_xla" and fits and dispatch.on_hopper() and dispatch.on_one_device()
+        function = _hopper_if_cuda if hopper else IMPLEMENTATIONS[name]
     head = Head(jax.lax.stop_gradient(jnp.asarray(temperature)), soft_cap, vocab_size)
     return TokenStatistics(*function(hidden, unembedding, targets.astype(jnp.int32), head, row_shards, vocab_shards))
 
@@ -101,3 +107,17 @@ def _choose(rows: int, vocab: int) -> str:
     if rows * vocab * 4 <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
         return "reference"
     return "row_blocks_xla" if platform == "cpu" and vocab <= ROW_BLOCKS_VOCAB else "chunked_xla"
+
+
+def _hopper_if_cuda(hidden, unembedding, targets, head, row_shards, vocab_shards):
+    """Decided when lowered: a process with a GPU may be compiling for its CPU."""
+
+    def bound(name):
+        def function(hidden, unembedding, targets, temperature):
+            parts = head._replace(temperature=temperature), row_shards, vocab_shards
+            return IMPLEMENTATIONS[name](hidden, unembedding, targets, *parts)
+
+        return function
+
+    operands = hidden, unembedding, targets, head.temperature
+    return jax.lax.platform_dependent(*operands, cuda=bound("pallas_hopper"), default=bound("chunked_xla"))
