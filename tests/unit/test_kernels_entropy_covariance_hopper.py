@@ -31,7 +31,7 @@ def few_clusters(monkeypatch, request):
 
 def kernel(where, hidden, unembedding, targets, temperature=1.0, soft_cap=None, vocab_size=None):
     head = Head(jnp.asarray(temperature, jnp.float32), soft_cap, vocab_size or unembedding.shape[1])
-    interpret = INTERPRETER() if INTERPRETER and where == "interpreted" else None
+    interpret = INTERPRETER(detect_races=True) if INTERPRETER and where == "interpreted" else None
     return jax.jit(
         functools.partial(pallas_hopper.token_statistics, head=head, row_shards=1, vocab_shards=1, interpret=interpret)
     )(hidden, unembedding, targets)
@@ -146,6 +146,25 @@ def test_lowers_for_cuda_and_is_chosen_on_hopper_alone(monkeypatch):
     assert calls(lowered("cuda")) == 2 and calls(lowered("cpu")) == 0
     with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert calls(lowered("cuda")) == 0
+
+
+@pytest.mark.gpu
+def test_default_on_a_chip():
+    """By itself where the devices are Hopper GPUs; the same gradients, without the logits."""
+    assert dispatch.on_hopper()
+    hidden, unembedding, targets = case(rows=2048, depth=512, vocab=65536, dtype=jnp.bfloat16, scale=0.05)
+
+    def run(**options):
+        statistics = functools.partial(token_statistics, temperature=0.7, **options)
+        loss = lambda h, w: jnp.sum(jnp.stack(statistics(h, w, targets)))
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
+
+    default = run()
+    assert "mosaic_gpu" in default.as_text()
+    expected = jax.tree.leaves(run(implementation="chunked_xla")(hidden, unembedding))
+    for a, b in zip(jax.tree.leaves(default(hidden, unembedding)), expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("rows, columns", [(16384, 151936), (13, 320), (4096, 153216), (100_000, 32000), (1, 1)])
