@@ -9,9 +9,10 @@ Forward / forward and backward in ms (plain = log_softmax and autodiff). fp32 on
     6144, 128, 2048        81 / 214      120 / 184     48 / 128          135 / 200
     2048, 128, 16384       175 / 441     207 / 321     87 / 242          179 / 312
 
-bf16 on one H200 (matmul floor forward 13.2), with GB of temporary memory in the backward pass:
+bf16 on one H200, with GB of temporary memory in the backward pass (two runs, absolute times drift between them):
 
-    16384, 2048, 151936    17.7 / 53 (19.9 GB)    18.6 / 49 (14.9 GB)        24.9 / 76 (0.6 GB) chunked
+    16384, 2048, 151936    17.7 / 53 (19.9)    18.6 / 49 (14.9) reference    24.9 / 76 (0.6) chunked_xla
+    the same               19.5 / 58 (19.9)    16.0 / not yet measured pallas_hopper; the product alone takes 15.0
 """
 
 from typing import NamedTuple
@@ -70,10 +71,12 @@ def token_statistics(
 
     ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
     vocabulary; like the former never [N, V], recomputed in the backward pass), "pallas_tpu" (a kernel for one TPU, with the
-    backward pass of "chunked_xla") or None, by size. Rows and vocabulary
-    may be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that
-    sizes are judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no
-    column.
+    backward pass of "chunked_xla"), "pallas_hopper" (kernels for one GPU of compute capability 9.0, bf16 or fp16, D and
+    V multiples of 64) or None: by size, and "pallas_hopper" instead of "chunked_xla" where this process's devices are
+    such GPUs, it takes the operands, and no mesh of several devices is in use (``jax.set_mesh``) but inside ``shard_map``:
+    no compiler cuts a kernel over devices. Rows and vocabulary may be sharded by the compiler: ``row_shards`` and
+    ``vocab_shards`` then say over how many devices each, so that sizes are judged per device and "chunked_xla" cuts its
+    blocks inside every shard of the vocabulary and moves no column.
     """
     vocab = unembedding.shape[1]
     vocab_size = vocab if vocab_size is None else vocab_size

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
 from kernels.entropy_covariance import pallas_hopper, token_statistics
@@ -128,24 +130,29 @@ def test_what_it_does_not_take(shape, dtype, options, words):
         token_statistics(*args, temperature=1.0, implementation="pallas_hopper", **options)
 
 
-def lowered(platform, **options):
-    """As text: value and gradients at a size where logits would take more than blocks do."""
-    statistics = functools.partial(token_statistics, temperature=0.7, **options)
-    loss = lambda h, w, t: jnp.sum(jnp.stack(statistics(h, w, t)))
-    shapes = ((2048, 128), jnp.bfloat16), ((128, 65536), jnp.bfloat16), ((2048,), jnp.int32)
-    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*(jax.ShapeDtypeStruct(*x) for x in shapes))
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+SHAPES = ((2048, 128), jnp.bfloat16), ((128, 65536), jnp.bfloat16), ((2048,), jnp.int32)  # logits of 512 MiB
+
+
+def num_kernels(function, platform="cuda"):
+    """Calls of a kernel in what is lowered."""
+    traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(*x) for x in SHAPES))
+    return traced.lower(lowering_platforms=(platform,)).as_text().count("custom_call @mosaic_gpu")
 
 
 def test_lowers_for_cuda_and_is_chosen_on_hopper_alone(monkeypatch):
-    calls = lambda text: text.count("custom_call @mosaic_gpu")
-    named = lowered("cuda", implementation="pallas_hopper", soft_cap=30.0)
-    assert calls(named) == 2 and named.count("stablehlo.dot_general") == 2
-    assert calls(lowered("cuda")) == 0
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    statistics = lambda h, w, t, **options: jnp.stack(token_statistics(h, w, t, temperature=0.7, **options))
+    by_name = functools.partial(statistics, implementation="pallas_hopper", soft_cap=30.0)
+    both_ways = lambda f: jax.value_and_grad(lambda h, w, t: jnp.sum(f(h, w, t)), (0, 1))
+    assert num_kernels(both_ways(by_name)) == 2
+    assert num_kernels(both_ways(statistics)) == 0
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
-    assert calls(lowered("cuda")) == 2 and calls(lowered("cpu")) == 0
-    with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        assert calls(lowered("cuda")) == 0
+    assert num_kernels(both_ways(statistics)) == 2
+    assert num_kernels(statistics, "cpu") == 0
+    with jax.set_mesh(mesh):
+        assert num_kernels(statistics) == 0
+    of_rows = jax.shard_map(statistics, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P(None, "data"))
+    assert num_kernels(of_rows) == 1
 
 
 @pytest.mark.gpu
@@ -160,7 +167,7 @@ def test_default_on_a_chip():
         return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
 
     default = run()
-    assert "mosaic_gpu" in default.as_text()
+    assert "mosaic_gpu" in str(default.as_text())
     expected = jax.tree.leaves(run(implementation="chunked_xla")(hidden, unembedding))
     for a, b in zip(jax.tree.leaves(default(hidden, unembedding)), expected, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
