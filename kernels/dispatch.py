@@ -1,7 +1,11 @@
 """Choosing among the implementations of one operation."""
 
+import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType
 
 F = TypeVar("F")
 
@@ -14,3 +18,32 @@ def named(op: str, implementations: Mapping[str, F], name: str) -> F:
             f'{op}: implementation="{name}" does not exist; use one of {known}, or None to choose by size'
         )
     return implementations[name]
+
+
+def on_one_device() -> bool:
+    """Whether operands are a device's own: without a mesh of several in use (``jax.set_mesh``), or in ``shard_map``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def gpu() -> Any:
+    """The GPU that a program traced now is for: that of a mesh in use (``jax.sharding.AbstractDevice``), else this
+    process's first CUDA device; None where nothing tells."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        return device
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:  # there are none
+        return None
+
+
+def on_hopper() -> bool | None:
+    """Whether that GPU is of compute capability 9.x; None without one: a machine without a GPU cannot know for which one
+    it lowers, and kernels for Hopper have to be asked for by name there."""
+    device = gpu()
+    if device is None:
+        return None
+    if capability := getattr(device, "compute_capability", ""):
+        return capability.startswith("9.")
+    return re.search(r"\bG?H\d", device.device_kind) is not None  # H100, H200, H800, H20, GH200

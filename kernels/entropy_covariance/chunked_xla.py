@@ -81,6 +81,17 @@ def backward(static, residuals, g):
 _statistics.defvjp(_forward, backward)
 
 
+def each_block(size, width, body, carry):
+    """Folds ``body(start, width, carry)`` over equal blocks, then over a narrower last one."""
+    full, rest = divmod(size, width)
+    if full == 1:
+        carry = body(0, width, carry)
+    else:
+        step = lambda i, carry: body(i * width, width, carry)
+        carry = jax.lax.fori_loop(jnp.int32(0), jnp.int32(full), step, carry)
+    return body(full * width, rest, carry) if rest else carry
+
+
 class _Blocks:
     """One call's operands and the walk over its blocks of the vocabulary."""
 
@@ -93,14 +104,7 @@ class _Blocks:
         self.unembedding = unembedding.reshape(self.shape)
 
     def each(self, body, carry):
-        """Folds ``body(start, width, carry)`` over equal blocks, then over a narrower last one."""
-        full, rest = divmod(self.shape[2], self.width)
-        if full == 1:
-            carry = body(0, self.width, carry)
-        else:
-            step = lambda i, carry: body(i * self.width, self.width, carry)
-            carry = jax.lax.fori_loop(jnp.int32(0), jnp.int32(full), step, carry)
-        return body(full * self.width, rest, carry) if rest else carry
+        return each_block(self.shape[2], self.width, body, carry)
 
     def weight(self, start, width):
         """The block's columns [D, shards * width]: products of two matrices are what all backends have in bf16."""

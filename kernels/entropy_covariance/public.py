@@ -9,9 +9,10 @@ Forward / forward and backward in ms (plain = log_softmax and autodiff). fp32 on
     6144, 128, 2048        81 / 214      120 / 184     48 / 128          135 / 200
     2048, 128, 16384       175 / 441     207 / 321     87 / 242          179 / 312
 
-bf16 on one H200 (matmul floor forward 13.2), with GB of temporary memory in the backward pass:
+bf16 on one H200, with GB of temporary memory in the backward pass (two runs, absolute times drift between them):
 
-    16384, 2048, 151936    17.7 / 53 (19.9 GB)    18.6 / 49 (14.9 GB)        24.9 / 76 (0.6 GB) chunked
+    16384, 2048, 151936    17.7 / 53 (19.9)    18.6 / 49 (14.9) reference    24.9 / 76 (0.6) chunked_xla
+    the same               19.5 / 58 (19.9)    16.0 / not yet measured pallas_hopper; the product alone takes 15.0
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.entropy_covariance import chunked_xla, pallas_tpu, reference, row_blocks_xla
+from kernels.entropy_covariance import chunked_xla, pallas_hopper, pallas_tpu, reference, row_blocks_xla
 from kernels.entropy_covariance.logits import Head
 
 # One entry an implementation; a backend is one more file and one more line here and in `_choose`.
@@ -30,6 +31,7 @@ IMPLEMENTATIONS = {
     "row_blocks_xla": row_blocks_xla.token_statistics,
     "chunked_xla": chunked_xla.token_statistics,
     "pallas_tpu": pallas_tpu.token_statistics,
+    "pallas_hopper": pallas_hopper.token_statistics,
 }
 
 # Bytes of fp32 logits on a device up to which all at once are faster than blocks that are computed twice.
@@ -69,10 +71,12 @@ def token_statistics(
 
     ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
     vocabulary; like the former never [N, V], recomputed in the backward pass), "pallas_tpu" (a kernel for one TPU, with the
-    backward pass of "chunked_xla") or None, by size. Rows and vocabulary
-    may be sharded by the compiler: ``row_shards`` and ``vocab_shards`` then say over how many devices each, so that
-    sizes are judged per device and "chunked_xla" cuts its blocks inside every shard of the vocabulary and moves no
-    column.
+    backward pass of "chunked_xla"), "pallas_hopper" (kernels for one GPU of compute capability 9.0, bf16 or fp16, D and
+    V multiples of 64) or None: by size, and "pallas_hopper" instead of "chunked_xla" where this process's devices are
+    such GPUs, it takes the operands, and no mesh of several devices is in use (``jax.set_mesh``) but inside ``shard_map``:
+    no compiler cuts a kernel over devices. Rows and vocabulary may be sharded by the compiler: ``row_shards`` and
+    ``vocab_shards`` then say over how many devices each, so that sizes are judged per device and "chunked_xla" cuts its
+    blocks inside every shard of the vocabulary and moves no column.
     """
     vocab = unembedding.shape[1]
     vocab_size = vocab if vocab_size is None else vocab_size
@@ -89,8 +93,13 @@ def token_statistics(
         raise ValueError(f"token_statistics: row_shards={row_shards} must be at least 1, the default")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"token_statistics: soft_cap={soft_cap} must be positive; None for no cap")
-    name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards) if implementation is None else implementation
-    function = dispatch.named("token_statistics", IMPLEMENTATIONS, name)
+    if implementation is not None:
+        function = dispatch.named("token_statistics", IMPLEMENTATIONS, implementation)
+    else:
+        name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards)
+        fits = not pallas_hopper.unfit(hidden, unembedding, row_shards, vocab_shards)
+        hopper = name == "chunked_xla" and fits and dispatch.on_hopper() and dispatch.on_one_device()
+        function = _hopper_if_cuda if hopper else IMPLEMENTATIONS[name]
     head = Head(jax.lax.stop_gradient(jnp.asarray(temperature)), soft_cap, vocab_size)
     return TokenStatistics(*function(hidden, unembedding, targets.astype(jnp.int32), head, row_shards, vocab_shards))
 
@@ -101,3 +110,17 @@ def _choose(rows: int, vocab: int) -> str:
     if rows * vocab * 4 <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
         return "reference"
     return "row_blocks_xla" if platform == "cpu" and vocab <= ROW_BLOCKS_VOCAB else "chunked_xla"
+
+
+def _hopper_if_cuda(hidden, unembedding, targets, head, row_shards, vocab_shards):
+    """Decided when lowered: a process with a GPU may be compiling for its CPU."""
+
+    def bound(name):
+        def function(hidden, unembedding, targets, temperature):
+            parts = head._replace(temperature=temperature), row_shards, vocab_shards
+            return IMPLEMENTATIONS[name](hidden, unembedding, targets, *parts)
+
+        return function
+
+    operands = hidden, unembedding, targets, head.temperature
+    return jax.lax.platform_dependent(*operands, cuda=bound("pallas_hopper"), default=bound("chunked_xla"))

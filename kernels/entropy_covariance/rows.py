@@ -34,16 +34,14 @@ class Partial(NamedTuple):
     target: jax.Array  # logit of the target, 0 where the target is in another part
 
 
+def capped(raw: jax.Array, soft_cap: float | None) -> jax.Array:
+    """``soft_cap tanh(raw / soft_cap)``, but -inf stays; None for no cap."""
+    return raw if soft_cap is None else jnp.where(raw > -jnp.inf, soft_cap * jnp.tanh(raw / soft_cap), -jnp.inf)
+
+
 def tempering(temperature: jax.Array, soft_cap: float | None) -> Callable[[jax.Array], jax.Array]:
     """The increasing function from raw products to logits; it keeps 0, and -inf too, whatever the cap."""
-
-    def temper(raw):
-        capped = raw
-        if soft_cap is not None:
-            capped = jnp.where(raw > -jnp.inf, soft_cap * jnp.tanh(raw / soft_cap), -jnp.inf)
-        return capped / temperature.astype(raw.dtype)
-
-    return temper
+    return lambda raw: capped(raw, soft_cap) / temperature.astype(raw.dtype)
 
 
 def slope(raw: jax.Array, temperature: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -16,7 +16,6 @@ and both gradients in ms, ``torch._grouped_mm`` 2.11 in brackets: T=65536 E=128 
 """
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import dispatch
 from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, place, remainder, row_tiles
 
 COLUMNS = 256  # of a tile: 128 registers of a thread
@@ -370,41 +370,15 @@ def refusal(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> str:
     return ""
 
 
-def on_hopper() -> bool | None:
-    """Whether a program that is traced now is for Hopper (compute capability 9.x); None where nothing tells.
-
-    A mesh in use that has a GPU (``jax.sharding.AbstractDevice``) says so, else this process's first CUDA device. A machine
-    without any cannot know for which ones it lowers.
-    """
-    device = _device()
-    if device is None:
-        return None
-    if capability := getattr(device, "compute_capability", ""):
-        return capability.startswith("9.")
-    return re.search(r"\bG?H\d", device.device_kind) is not None  # H100, H200, H800, H20, GH200
-
-
-def _device() -> Any:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "gpu":
-        return device
-    try:
-        return jax.devices("cuda")[0]
-    except RuntimeError:  # there are none
-        return None
-
-
 def _multiprocessors() -> int:
     """132, of an H100 or H200, where nothing tells."""
-    device = _device()
+    device = dispatch.gpu()
     return 132 if device is None else getattr(device, "core_count", 0) or getattr(device, "num_cores", 0) or 132
 
 
 def _check(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> None:
     reason = refusal(lhs, other, dtype)
-    if on_hopper() is False:
-        reason = (
-            f"the device is {_device().device_kind}, and has to be of compute capability 9.x, as H100 and H200 are"
-        )
+    if dispatch.on_hopper() is False:
+        reason = f"the device is {dispatch.gpu().device_kind}, and has to be of compute capability 9.x, as H100 and H200 are"
     if reason:
         raise ValueError(f'grouped_matmul: implementation="pallas_hopper": {reason}; pass implementation=None')

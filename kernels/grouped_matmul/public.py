@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
@@ -50,7 +49,7 @@ def grouped_matmul(
     the second for 16-bit operands and axes in multiples of 64), "ragged_dot" (``jax.lax.ragged_dot``: a kernel on TPU,
     dense elsewhere), "blocked_xla" (a loop over blocks of rows: what CPUs want), "batched_xla" (one batched product of
     blocks: other GPUs) or None, by the platform that it is compiled for, and on GPUs by ``pallas_hopper.refusal`` and
-    ``on_hopper``, when traced. No compiler cuts a kernel over devices: where a mesh of several is in use
+    ``dispatch.on_hopper``, when traced. No compiler cuts a kernel over devices: where a mesh of several is in use
     (``jax.set_mesh``), None is "ragged_dot" on TPU and "batched_xla" on GPUs, but inside ``shard_map``.
     """
     depth = rhs.shape[2 if transpose_rhs else 1]
@@ -73,21 +72,16 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
     if name is not None:
         return bound(name)(*operands)
     lhs, other, _ = operands
-    hopper = _on_one_device() and pallas_hopper.on_hopper() and not pallas_hopper.refusal(lhs, other, static["dtype"])
+    fits = not pallas_hopper.refusal(lhs, other, static["dtype"])
+    hopper = fits and dispatch.on_hopper() and dispatch.on_one_device()
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *operands,
         cpu=bound("blocked_xla"),
         cuda=bound("pallas_hopper" if hopper else "batched_xla"),
-        tpu=bound("pallas_tpu" if _on_one_device() else "ragged_dot"),
+        tpu=bound("pallas_tpu" if dispatch.on_one_device() else "ragged_dot"),
         default=bound("ragged_dot"),
     )
-
-
-def _on_one_device() -> bool:
-    """Whether operands are a device's own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
