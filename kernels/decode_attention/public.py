@@ -5,11 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.decode_attention import xla
+from kernels.decode_attention import pallas_tpu, xla
 from kernels.decode_attention.cache import check_layer
 
 # One entry an implementation; a backend is one more file and one more line here, chosen by platform in `_run`.
-IMPLEMENTATIONS = {"xla": xla.decode_attention, "packed_xla": xla.packed}
+IMPLEMENTATIONS = {
+    "xla": xla.decode_attention,
+    "packed_xla": xla.packed,
+    "pallas_tpu": pallas_tpu.decode_attention,
+}
 
 
 def decode_attention(
@@ -41,7 +45,8 @@ def decode_attention(
     prompt caches are then stacked too. ``num_shards=n`` says that rows and prompts lie in n equal contiguous blocks
     and that ``prompt_index`` counts within the row's own block, so that a sharded leading axis needs no exchange.
 
-    ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs) or None, by the
+    ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs), "pallas_tpu" (a
+    kernel that reads no block past a row's length; by name only, because it was never timed on a chip) or None, by the
     platform that it is compiled for.
     """
     check_layer("decode_attention", keys.ndim, layer)
