@@ -8,25 +8,18 @@ nothing, and compute nothing. Prompt and cache share one online softmax in fp32.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.decode_attention import spans
+
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of blocks, two of each in flight: below the smallest generation's 16 MiB of scoped memory
 # Keys and values of a step by generation, a guess: a third of a microsecond of reading or more, which is a step's overhead.
 STEP_BYTES = {"v5e": 2**20, "v5p": 2**20, "v6e": 2**20, "tpu7x": 2**21}
-
-
-class Span(NamedTuple):
-    """What each row sees of one cache; all [B]."""
-
-    entry: jax.Array  # the cache's row
-    start: jax.Array  # positions start .. end - 1
-    end: jax.Array
 
 
 def decode_attention(
@@ -57,10 +50,15 @@ def decode_attention(
     num_kv = keys.shape[-2]
     stacked = layer is not None
     block = block or choose_block(num_heads, num_kv, head_dim, keys.dtype)
-    caches, spans = [(keys, values)], [_own(lengths, keys.shape[-3], window)]
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    # What each row sees of each cache: its entry there, and positions start .. end - 1; all [B].
+    caches, seen = [(keys, values)], [(row, *spans.bounds(lengths, keys.shape[-3], lengths, window))]
     if prompt is not None:
-        caches.insert(0, prompt[:2])
-        spans.insert(0, _prompts(lengths, prompt, window, num_shards))
+        prompt_keys, prompt_values, lens, index = prompt
+        entry = spans.prompt_entry(row, index, num_rows, lens.shape[0], num_shards)
+        own = jnp.where(lengths > 0, lens[entry], 0)
+        caches.insert(0, (prompt_keys, prompt_values))
+        seen.insert(0, (entry, *spans.bounds(own, prompt_keys.shape[-3], own + lengths, window)))
     sizes = [min(block, k.shape[-3]) for k, _ in caches]
     steps = [pl.cdiv(k.shape[-3], size) for (k, _), size in zip(caches, sizes, strict=True)]
     begins = [sum(steps[:i]) for i in range(len(steps))]  # the grid's step of each cache's first
@@ -131,7 +129,7 @@ def decode_attention(
         name="decode_attention",
     )(
         jnp.reshape(0 if layer is None else layer, 1),
-        *(x for span in spans for x in span),
+        *(x for span in seen for x in span),
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         queries,
         *(x for cache in caches for x in cache),
@@ -152,25 +150,6 @@ def choose_block(num_heads: int, num_kv: int, head_dim: int, dtype: jnp.dtype, g
     while 4 * block * position <= STEP_BYTES.get(generation or "", 2**20) and used(2 * block) <= VMEM_BYTES:
         block *= 2
     return block
-
-
-def _own(lengths: jax.Array, size: int, window: jax.Array | None) -> Span:
-    return _span(jnp.arange(lengths.shape[0], dtype=jnp.int32), jnp.minimum(lengths, size), lengths, window)
-
-
-def _prompts(lengths: jax.Array, prompt: tuple, window: jax.Array | None, num_shards: int) -> Span:
-    keys, _, lens, index = prompt
-    rows, prompts = lengths.shape[0] // num_shards, lens.shape[0] // num_shards
-    shard = jnp.arange(lengths.shape[0], dtype=jnp.int32) // rows
-    entry = shard * prompts + jnp.clip(index, 0, prompts - 1)
-    end = jnp.minimum(lens[entry], keys.shape[-3])
-    return _span(entry, jnp.where(lengths > 0, end, 0), lens[entry] + lengths, window)
-
-
-def _span(entry: jax.Array, end: jax.Array, total: jax.Array, window: jax.Array | None) -> Span:
-    """Positions below ``end``, of them the last ``window`` of the ``total`` that the row sees."""
-    start = jnp.zeros_like(end) if window is None else jnp.maximum(total - window, 0)
-    return Span(entry, start, end)
 
 
 def _div(x: jax.Array, by: int) -> jax.Array:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
@@ -74,15 +73,9 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
         *operands,
         cpu=bound("blocked_xla"),
         cuda=bound("batched_xla"),
-        tpu=bound("pallas_tpu" if _on_one_device() else "ragged_dot"),
+        tpu=bound("pallas_tpu" if dispatch.on_one_device() else "ragged_dot"),
         default=bound("ragged_dot"),
     )
-
-
-def _on_one_device() -> bool:
-    """Whether operands are a device's own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
