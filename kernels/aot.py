@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from kernels.decode_attention import pallas_tpu as decode
 from kernels.entropy_covariance import pallas_tpu as statistics
 from kernels.entropy_covariance.logits import Head
 from kernels.grouped_matmul import pallas_tpu as grouped
@@ -30,6 +31,12 @@ EXPERTS = {
 }
 # Vocabulary heads: tokens, hidden size, vocabulary.
 HEADS = {"Qwen3-30B-A3B": (16384, 2048, 151936), "Intern-S1": (16384, 4096, 153216), "tiny": (256, 96, 512)}
+# Attention of one token: layers, rows, positions, query heads, key heads, size of a head; prompts and their positions.
+CACHES = {
+    "Qwen3-30B-A3B": (48, 32, 2048, 32, 4, 128, 8, 1024),
+    "Qwen3-0.6B": (28, 64, 1280, 16, 8, 128, 16, 512),
+    "tiny": (2, 8, 32, 4, 2, 16, 4, 16),
+}
 BF16 = jnp.dtype("bfloat16")
 
 
@@ -53,6 +60,8 @@ def compilations(generation: str) -> Iterator[Compilation]:
         head = ((rows, hidden), BF16), ((hidden, vocab), BF16), ((rows,), jnp.dtype("int32"))
         run = lambda h, w, y: statistics.token_statistics(h, w, y, Head(jnp.float32(1.0), None, w.shape[1]), 1, 1)
         yield Compilation("token_statistics", model, run, head, tiles)
+    for model, shape in CACHES.items():
+        yield from _decode_attention(model, generation, shape)
 
 
 def _grouped_matmul(
@@ -71,6 +80,25 @@ def _grouped_matmul(
     of = grouped.choose_tiles(rows, depth, width, BF16, generation, gradient=True)
     gradient = lambda a, g, n: grouped.weight_gradient(a, g, n, dtype=BF16, tiles=of)
     yield Compilation("grouped_matmul_drhs", case, gradient, (x, y, sizes), of)
+
+
+def _decode_attention(model: str, generation: str, shape: tuple[int, ...]) -> Iterator[Compilation]:
+    layers, rows, size, heads, kv, head_dim, prompts, prompt = shape
+    block = decode.choose_block(heads, kv, head_dim, BF16, generation)
+    counts = lambda n: ((n,), jnp.dtype("int32"))
+
+    def run(q, k, v, lengths, *prompt):
+        layer = lengths[0] if k.ndim == 5 else None
+        return decode.decode_attention(q, k, v, lengths, prompt or None, layer, 1, 50.0, lengths[1], 0.1, block=block)
+
+    for stack in (), (layers,):
+        own = ((*stack, rows, size, kv, head_dim), BF16)
+        shared = ((*stack, prompts, prompt, kv, head_dim), BF16)
+        arguments = ((rows, heads, head_dim), BF16), own, own, counts(rows)
+        case = f"{model}{'-stacked' * len(stack)}"
+        yield Compilation("decode_attention", case, run, arguments, (block,))
+        arguments += shared, shared, counts(prompts), counts(rows)
+        yield Compilation("decode_attention", f"{case}-prompts", run, arguments, (block,))
 
 
 def compiled(what: Compilation, generation: str) -> int:
@@ -96,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     failed = 0
-    print(f"{'generation':10}  {'op':20}  {'case':26}  {'tiles':>16}  {'temporary':>10}  {'compiled in':>11}")
+    print(f"{'generation':10}  {'op':20}  {'case':29}  {'tiles':>16}  {'temporary':>10}  {'compiled in':>11}")
     for generation in args.generation or TOPOLOGIES:
         for what in compilations(generation):
             if (args.op or "") not in what.op or (args.case or "") not in what.case:
@@ -107,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:  # whatever the compiler says, the others are still to be tried
                 said, failed = f"FAILED: {str(error).splitlines()[0][:200]}", failed + 1
             print(
-                f"{generation:10}  {what.op:20}  {what.case:26}  {tiles:>16}  {said:>10}  "
+                f"{generation:10}  {what.op:20}  {what.case:29}  {tiles:>16}  {said:>10}  "
                 f"{time.perf_counter() - began:9.1f} s",
                 flush=True,
             )

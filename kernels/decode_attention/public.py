@@ -5,11 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.decode_attention import xla
+from kernels.decode_attention import pallas_hopper, pallas_tpu, xla
 from kernels.decode_attention.cache import check_layer
 
 # One entry an implementation; a backend is one more file and one more line here, chosen by platform in `_run`.
-IMPLEMENTATIONS = {"xla": xla.decode_attention, "packed_xla": xla.packed}
+IMPLEMENTATIONS = {
+    "xla": xla.decode_attention,
+    "packed_xla": xla.packed,
+    "pallas_tpu": pallas_tpu.decode_attention,
+    "pallas_hopper": pallas_hopper.decode_attention,
+}
 
 
 def decode_attention(
@@ -41,8 +46,12 @@ def decode_attention(
     prompt caches are then stacked too. ``num_shards=n`` says that rows and prompts lie in n equal contiguous blocks
     and that ``prompt_index`` counts within the row's own block, so that a sharded leading axis needs no exchange.
 
-    ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs) or None, by the
-    platform that it is compiled for.
+    ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs), "pallas_hopper" (a
+    kernel for GPUs of compute capability 9.0: heads of 64 or 128, bf16 or fp16, caches of a multiple of 8 positions),
+    "pallas_tpu" (a kernel for TPUs; by name only, because it was never timed on a chip) or None, by the platform that it
+    is compiled for. The kernels read no block of positions outside a row's length and window. None is "pallas_hopper"
+    where that fits, the process has Hopper GPUs, ``num_shards`` is 1, and no mesh of several devices is in use
+    (``jax.set_mesh``), but inside ``shard_map``.
     """
     check_layer("decode_attention", keys.ndim, layer)
     num_rows, num_heads, head_dim = queries.shape
@@ -79,8 +88,16 @@ def _run(implementation, arrays, options):
 
     if implementation is not None:
         return bound(implementation)(*arrays)
+    queries, keys, _, _, prompt, *_ = arrays
+    own = dispatch.on_one_device() and options["num_shards"] == 1  # no compiler cuts a kernel over devices
+    hopper = own and dispatch.on_hopper() and not pallas_hopper.unfit(queries, keys, prompt)
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
-    return jax.lax.platform_dependent(*arrays, cpu=bound("packed_xla"), cuda=bound("packed_xla"), default=bound("xla"))
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=bound("packed_xla"),
+        cuda=bound("pallas_hopper" if hopper else "packed_xla"),
+        default=bound("xla"),
+    )
 
 
 def _call(function, arrays, options):
