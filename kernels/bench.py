@@ -145,8 +145,10 @@ def _statistics(name: str, dtype, rows: int, hidden: int, vocab: int) -> Iterato
 
     flops, moved = 2.0 * rows * hidden * vocab, dtype.itemsize * (rows + vocab) * hidden
     names = tuple(STATISTICS)
-    yield Case("token_statistics", name, flops, moved, arguments, forward, names, {})
-    yield Case("token_statistics, with gradients", name, 3 * flops, 2 * moved, arguments, backward, names, {})
+    plain = dict(plain=peers.plain_statistics)
+    yield Case("token_statistics", name, flops, moved, arguments, forward, names, plain)
+    plain = dict(plain=peers.plain_statistics_gradients)
+    yield Case("token_statistics, with gradients", name, 3 * flops, 2 * moved, arguments, backward, names, plain)
 
 
 def _attention(
@@ -231,13 +233,14 @@ def measured(case: Case, wanted: Sequence[str], floor: float, repeats: int) -> I
             if name in case.others:
                 peer = case.others[name](*arguments)
                 call, wait, out = peer.call, peer.wait, peer.output()
+                record["temporary_bytes"] = peer.temporary_bytes
             else:
                 run = jax.jit(case.run(None if name == DEFAULT else name)).lower(*arguments).compile()
                 memory = run.memory_analysis()
                 record["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else None
                 call, wait = (lambda run=run: run(*arguments)), jax.block_until_ready
                 out = call()
-            if first is not None and out is not None:
+            if first is not None:
                 record["error"] = difference(out, first[1])
             seconds = seconds_of(call, wait, repeats)
         except Exception as error:  # whatever it says, the others are still to be tried

@@ -9,11 +9,12 @@ import numpy as np
 
 
 class Peer(typing.NamedTuple):
-    """``wait(call())`` does the work once; ``output`` is what it gives, for comparison, None where that is not read back."""
+    """``wait(call())`` does the work once; ``output()`` is what it gives, for comparison."""
 
     call: Callable[[], typing.Any]
     wait: Callable[[typing.Any], typing.Any]
     output: Callable[[], typing.Any]
+    temporary_bytes: int | None = None
 
 
 def _torch():
@@ -82,3 +83,32 @@ def cudnn_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, leng
 
     call = lambda: every_layer(queries, keys, values, lengths)
     return Peer(call, jax.block_until_ready, call)
+
+
+def plain_statistics(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> Peer:
+    """What one would write: all logits, their log-softmax in fp32."""
+    return _compiled(_plain, hidden, unembedding, targets)
+
+
+def plain_statistics_gradients(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> Peer:
+    """And JAX's own gradients of it."""
+
+    def loss(hidden, unembedding, targets):
+        logprob, entropy, _ = _plain(hidden, unembedding, targets)
+        return logprob.mean() + 0.1 * entropy.mean()
+
+    return _compiled(jax.value_and_grad(loss, argnums=(0, 1)), hidden, unembedding, targets)
+
+
+def _plain(hidden, unembedding, targets):
+    logits = jnp.dot(hidden, unembedding, preferred_element_type=jnp.float32)
+    logp = jax.nn.log_softmax(logits)
+    logprob = jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0]
+    return logprob, -jnp.sum(jnp.exp(logp) * logp, axis=1), jax.nn.logsumexp(logits, axis=1)
+
+
+def _compiled(function: Callable, *arguments: jax.Array) -> Peer:
+    run = jax.jit(function).lower(*arguments).compile()
+    memory = run.memory_analysis()
+    call = lambda: run(*arguments)
+    return Peer(call, jax.block_until_ready, call, None if memory is None else memory.temp_size_in_bytes)
