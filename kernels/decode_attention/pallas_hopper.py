@@ -88,11 +88,10 @@ def decode_attention(
     block, stages, splits = tiles or choose_tiles(num_rows * num_kv, sum(sizes))
     wide = queries.dtype if splits == 1 else jnp.float32
 
-    def kernel(factor_ref, layer_ref, window_ref, length_ref, *refs):
-        lookup_refs, refs = refs[: 2 * len(caches) - 2], refs[2 * len(caches) - 2 :]
-        query_ref, refs = refs[0], refs[1:]
-        cache_refs, refs = refs[: 2 * len(caches)], refs[2 * len(caches) :]
-        out_ref, level_ref, rows, level, key_smem, value_smem, rows_here, keys_here, values_here = refs
+    def kernel(
+        factor_ref, layer_ref, window_ref, length_ref, lookup_refs, query_ref, cache_refs, out_ref, level_ref, *scratch
+    ):
+        rows, key_smem, value_smem, rows_here, keys_here, values_here = scratch
         row, head, split = (jax.lax.axis_index(name) for name in ("row", "head", "split"))
         heads = pl.ds(head * group, group)
         plgpu.copy_gmem_to_smem(query_ref.at[row, heads], rows.at[:group], rows_here)
@@ -114,7 +113,7 @@ def decode_attention(
 
         def fetch(step):
             slot = jax.lax.rem(step, stages)
-            for turn, key_ref, value_ref in zip(turns, cache_refs[::2], cache_refs[1::2], strict=True):
+            for turn, (key_ref, value_ref) in zip(turns, cache_refs, strict=True):
                 at = turn.entry, pl.ds((step + turn.shift) * block, block), pl.ds(head * head_dim, head_dim)
                 pl.when((step >= turn.begin) & (step < jnp.minimum(turn.end, end)))(
                     functools.partial(load, key_ref.at[at], value_ref.at[at], slot)
@@ -136,7 +135,8 @@ def decode_attention(
                 turns[0] if prompt is None else jax.tree.map(lambda a, b: jnp.where(step < turns[0].end, a, b), *turns)
             )
             at = (step + turn.shift) * block
-            visible = lambda i: (i >= turn.start - at) & (i < turn.stop - at)
+            after = lambda i: True if window is None else i >= turn.start - at
+            visible = lambda i: (i < turn.stop - at) & after(i)
 
             plgpu.barrier_wait(keys_here.at[slot])
             s = _product(q, key_smem.at[slot], transpose=True) * factor_ref[0]
@@ -163,10 +163,10 @@ def decode_attention(
         average, highest, total = jax.lax.fori_loop(begin, end, attend, (zero, column - jnp.inf, column))
         total = jnp.where(total > 0, total, 1)
         rows[...] = (average / _columns(total, head_dim)).astype(wide)
-        level[...] = highest + LOG2E * jnp.log(total)
+        if splits > 1:
+            level_ref[split, row, head] = highest + LOG2E * jnp.log(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(rows.at[:group], out_ref.at[split, row, heads])
-        plgpu.copy_smem_to_gmem(level, level_ref.at[split, row, head])
         plgpu.wait_smem_to_gmem(0)
 
     one = lambda x: jnp.reshape(0 if x is None else x, 1)
@@ -181,7 +181,6 @@ def decode_attention(
         ],
         scratch_types=[
             plgpu.SMEM((QUERIES, head_dim), wide),
-            plgpu.SMEM((QUERIES,), jnp.float32),
             blocks,
             blocks,
             plgpu.Barrier(),
@@ -190,17 +189,21 @@ def decode_attention(
         ],
         grid=(num_rows, num_kv, splits),
         grid_names=("row", "head", "split"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
         interpret=interpret,
     )(
         one(jnp.asarray(scale, jnp.float32)) * (LOG2E if soft_cap is None else 1 / soft_cap),
         one(layer),
         one(window),
         lengths,
-        *(() if prompt is None else prompt[2:]),
+        () if prompt is None else prompt[2:],
         queries.astype(wide),
         # A position's heads side by side: five coordinates are what the accelerator takes, tiles included.
-        *(x.reshape(-1, x.shape[-3], num_kv * head_dim) for cache in caches for x in cache),
+        tuple(tuple(x.reshape(-1, x.shape[-3], num_kv * head_dim) for x in cache) for cache in caches),
     )
     return (
         averages[0]
