@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 F = TypeVar("F")
@@ -24,6 +25,19 @@ def on_one_device() -> bool:
     """Whether operands are a device's own: without a mesh of several in use (``jax.set_mesh``), or in ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def varying(x: jax.Array, *operands: jax.Array) -> jax.Array:
+    """x, typed as what is computed from the operands: in ``shard_map`` what differs between devices has a type of its own,
+    which a loop's first carry has to be given. Costs nothing: compilers drop the choice."""
+    for operand in operands:
+        x = jnp.where(jnp.any(operand.reshape(-1)[:1] > 0), x, x)
+    return x
+
+
+def result(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel of these operands returns, typed in the same way."""
+    return jax.eval_shape(lambda *operands: varying(jnp.zeros(shape, dtype), *operands), *operands)
 
 
 def gpu() -> Any:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
 from kernels.decode_attention import spans
 
 LANES = 128
@@ -123,7 +124,7 @@ def decode_attention(
     return pl.pallas_call(
         kernel,
         grid_spec=grid,
-        out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        out_shape=dispatch.result(queries.shape, queries.dtype, queries, keys, values, lengths),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
 from kernels.entropy_covariance import chunked_xla, rows
 from kernels.entropy_covariance.logits import Head
 
@@ -128,7 +129,7 @@ def _statistics(static, hidden, unembedding, targets, temperature):
             of_rows,
         ],
         out_specs=[of_rows] * 3,
-        out_shape=[jax.ShapeDtypeStruct((num_rows, 1), jnp.float32)] * 3,
+        out_shape=[dispatch.result((num_rows, 1), jnp.float32, hidden, unembedding, targets)] * 3,
         scratch_shapes=[pltpu.VMEM((t.rows, t.vocab), jnp.float32)] + [pltpu.VMEM((t.rows, 1), jnp.float32)] * 4,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
+
 BLOCK_ROWS = 128, 32  # large and small
 
 
@@ -34,7 +36,7 @@ def product(
 
         return _each_block(block, starts[e], ends[e], lhs.shape[0], BLOCK_ROWS, out)
 
-    out = jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype)
+    out = dispatch.varying(jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype), lhs, rhs, group_sizes)
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rhs.shape[0]), group, out)
 
 
@@ -57,11 +59,12 @@ def weight_gradient(
             a, b = (jnp.where(inside, cut(x), 0).astype(operands) for x in (lhs, g))
             return total + jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=accumulate)
 
-        total = jnp.zeros((lhs.shape[1], g.shape[1]), accumulate)
+        total = dispatch.varying(jnp.zeros((lhs.shape[1], g.shape[1]), accumulate), lhs, g, group_sizes)
         total = _each_block(block, starts[e], ends[e], lhs.shape[0], block_rows, total)
         return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), e, axis=0)
 
     out = jnp.zeros((group_sizes.shape[0], lhs.shape[1], g.shape[1]), dtype)
+    out = dispatch.varying(out, lhs, g, group_sizes)
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(group_sizes.shape[0]), group, out)
 
 

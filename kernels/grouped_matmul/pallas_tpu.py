@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
+
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of blocks, two of each in flight: below the smallest generation's 16 MiB of scoped memory
 
@@ -104,7 +106,7 @@ def product(
     return pl.pallas_call(
         kernel,
         grid_spec=grid,
-        out_shape=jax.ShapeDtypeStruct((num_rows, width), dtype),
+        out_shape=dispatch.result((num_rows, width), dtype, lhs, rhs, group_sizes),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="grouped_matmul",
@@ -162,7 +164,7 @@ def weight_gradient(
     return pl.pallas_call(
         kernel,
         grid_spec=grid,
-        out_shape=jax.ShapeDtypeStruct((groups, depth, width), dtype),
+        out_shape=dispatch.result((groups, depth, width), dtype, lhs, g, group_sizes),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="grouped_matmul_weight_gradient",

@@ -32,8 +32,9 @@ IMPLEMENTATIONS = {
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "E _ _"],
-    group_sizes: Int[Array, " E"],
+    group_sizes: Int[Array, " G"],
     *,
+    group_offset: int | Int[Array, ""] | None = None,
     transpose_rhs: bool = False,
     preferred_element_type: Any = None,
     implementation: str | None = None,
@@ -44,6 +45,11 @@ def grouped_matmul(
     beyond are exact zeros, get zero gradient, and may hold anything. A sum above M is an error that is not checked:
     what lies past M is not read. Accumulates in fp32 at least; the result has ``preferred_element_type``, by default
     the promoted type of the operands, and gradients have the type of their operand.
+
+    ``group_offset``: rhs has the matrices of groups ``group_offset .. group_offset + E - 1`` alone, of the G that
+    ``group_sizes`` describes, and rows of other groups are zeros: a device's part of the sum over an expert axis of
+    ``shard_map``, for lhs that all of its devices have. Rows are rolled to and fro, a copy each; None, all groups, costs
+    nothing.
 
     ``implementation``: "pallas_tpu" and "pallas_hopper" (kernels for TPUs and for Hopper GPUs, compiled for them alone;
     the second for 16-bit operands and axes in multiples of 64), "ragged_dot" (``jax.lax.ragged_dot``: a kernel on TPU,
@@ -62,7 +68,17 @@ def grouped_matmul(
     if implementation is not None:
         dispatch.named("grouped_matmul", IMPLEMENTATIONS, implementation)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
-    return _grouped((implementation, transpose_rhs, dtype), lhs, rhs, group_sizes.astype(jnp.int32))
+    static, group_sizes, groups = (implementation, transpose_rhs, dtype), group_sizes.astype(jnp.int32), rhs.shape[0]
+    if group_offset is None:
+        if groups != group_sizes.shape[0]:
+            raise ValueError(
+                f"grouped_matmul: rhs has {groups} matrices and group_sizes {group_sizes.shape[0]} groups; of some groups "
+                "alone, say from which on: group_offset="
+            )
+        return _grouped(static, lhs, rhs, group_sizes)
+    before = jnp.sum(jnp.where(jnp.arange(group_sizes.shape[0]) < group_offset, group_sizes, 0))
+    own = jax.lax.dynamic_slice_in_dim(group_sizes, group_offset, groups)
+    return jnp.roll(_grouped(static, jnp.roll(lhs, -before, axis=0), rhs, own), before, axis=0)
 
 
 def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.Array:

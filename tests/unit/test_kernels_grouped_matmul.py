@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from kernels.grouped_matmul import combine, grouped_matmul, permute, route
 from kernels.grouped_matmul.public import IMPLEMENTATIONS
@@ -72,6 +74,47 @@ def test_forward_and_gradients(name, groups):
             expected = np.asarray(lhs[rows], np.float64).T @ np.asarray(weights[rows], np.float64)
             got = d_rhs[e].T if transpose else d_rhs[e]
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_some_of_the_groups_alone(name):
+    # Groups 2 and 3 of six: their rows are as before, all others 0 whatever they hold, and only theirs have a gradient.
+    lhs, rhs = operands()
+    sizes = GROUPS["uneven"]  # rows 139 to 169 are group 3's, 10 to 138 group 2's
+    poisoned = lhs.at[jnp.r_[:10, 170:M]].set(jnp.nan)
+
+    @jax.jit
+    def run(lhs, part, sizes, offset):
+        product = lambda lhs, part: grouped_matmul(lhs, part, sizes, group_offset=offset, implementation=name)
+        out, back = jax.vjp(product, lhs, part)
+        return out, *back(jnp.ones_like(out))
+
+    whole = functools.partial(value_and_gradients, lhs, rhs, jnp.array(sizes), jnp.ones((M, N)))
+    expected, d_lhs, d_rhs = whole(name=name)
+    own = np.r_[10:170]
+    for out, wanted in zip(run(poisoned, rhs[2:4], jnp.array(sizes), jnp.int32(2))[:2], (expected, d_lhs), strict=True):
+        np.testing.assert_allclose(np.asarray(out)[own], np.asarray(wanted)[own], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(np.delete(np.asarray(out), own, axis=0), 0)
+    grad = run(poisoned, rhs[2:4], jnp.array(sizes), jnp.int32(2))[2]
+    np.testing.assert_allclose(grad, d_rhs[2:4], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_over_the_devices_of_a_mesh():
+    """In shard_map each device has its experts and all rows; the sum over the axis is the whole, and so are gradients."""
+    lhs, rhs = operands()
+    rhs = jnp.concatenate([rhs, rhs[:2] + 1])  # eight over four devices
+    sizes = jnp.array([*GROUPS["below M"], 50, 3])
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+
+    def part(lhs, rhs, sizes):
+        offset = jax.lax.axis_index("expert") * rhs.shape[0]
+        return jax.lax.psum(grouped_matmul(lhs, rhs, sizes, group_offset=offset), "expert")
+
+    sharded = jax.shard_map(part, mesh=mesh, in_specs=(P(), P("expert"), P()), out_specs=P())
+    loss = lambda run: lambda lhs, rhs: (run(lhs, rhs, sizes) ** 2).sum()
+    found = jax.jit(jax.value_and_grad(loss(sharded), (0, 1)))(lhs, rhs)
+    wanted = jax.jit(jax.value_and_grad(loss(grouped_matmul), (0, 1)))(lhs, rhs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,69 @@
+"""What kernels have in common: a type of their own for what differs between devices, and inside shard_map at all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from kernels import dispatch
+from kernels.decode_attention import decode_attention
+from kernels.decode_attention.public import IMPLEMENTATIONS as ATTENTION
+from kernels.entropy_covariance import token_statistics
+from kernels.entropy_covariance.public import IMPLEMENTATIONS as STATISTICS
+from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul.public import IMPLEMENTATIONS as PRODUCTS
+
+BF16, INT = jnp.bfloat16, jnp.int32
+SHAPES = {
+    "grouped_matmul": [((128, 64), BF16), ((4, 64, 64), BF16), ((4,), INT)],
+    "token_statistics": [((128, 64), BF16), ((64, 128), BF16), ((128,), INT)],
+    "decode_attention": [((8, 4, 64), BF16), ((8, 16, 2, 64), BF16), ((8, 16, 2, 64), BF16), ((8,), INT)],
+}
+
+
+def run(op, name, *arguments):
+    if op == "grouped_matmul":
+        return grouped_matmul(*arguments, implementation=name)
+    if op == "token_statistics":
+        return token_statistics(*arguments, temperature=1.0, implementation=name).logprob
+    return decode_attention(*arguments[:3], lengths=arguments[3], implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (op, name)
+        for op, names in zip(SHAPES, (PRODUCTS, STATISTICS, ATTENTION), strict=True)
+        for name in (*names, None)
+    ],
+)
+def test_every_implementation_traces_inside_shard_map(op, name):
+    """Each device with operands of its own: the result differs between devices, and says so."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    arguments = [jax.ShapeDtypeStruct((4 * shape[0], *shape[1:]), dtype) for shape, dtype in SHAPES[op]]
+    sharded = jax.shard_map(functools.partial(run, op, name), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    out, alone = jax.eval_shape(sharded, *arguments), jax.eval_shape(functools.partial(run, op, name), *arguments)
+    assert out.shape[0] == arguments[0].shape[0] and out.dtype == alone.dtype
+
+
+def test_varying_changes_a_type_and_no_number():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    def total(x, start):
+        return jax.lax.fori_loop(0, 3, lambda i, carry: carry + x, dispatch.varying(start, x))
+
+    np.testing.assert_array_equal(total(jnp.arange(4.0), jnp.ones(1)), [1, 4, 7, 10])
+    with pytest.raises(TypeError, match="carry"):
+        jax.shard_map(
+            lambda x, start: jax.lax.fori_loop(0, 3, lambda i, carry: carry + x, start),
+            mesh=mesh,
+            in_specs=(P("x"), P()),
+            out_specs=P("x"),
+        )(jnp.arange(4.0), jnp.ones(1))
+    nothing = jnp.zeros((0, 3))
+    assert dispatch.result((2,), jnp.float32, nothing).shape == (2,)
