@@ -9,10 +9,18 @@ the shadow of what the other multiplies, and loads go on where a tile ends. ``ho
   counts as zero in lhs, and in g what lies beyond all groups: nothing comes from there, but a NaN of g can reach the
   gradient of the next group.
 
-One H200, bf16, uneven groups (Dirichlet(2) multinomial), in a run in which a dense product reached 768 TFLOP/s; forward
-and both gradients in ms, ``torch._grouped_mm`` 2.11 in brackets: T=65536 E=128 2048->768 0.39 (0.39) and 0.81 (0.85),
-768->2048 0.40 (0.47) and 0.79 (0.91); T=2048 E=128 2048->768 0.12 (0.14) and 0.28 (0.35); T=65536 E=8 4096->14336 11.5
-(12.6) and 22.9 (24.4). Masking g for neighbours too costs 6% of the first shape's weight gradient.
+One H200, bf16, uneven groups (Dirichlet(2) multinomial), ms of the product and of both gradients, in brackets those of
+``torch._grouped_mm`` 2.11 in the same run (python -m kernels.bench; a dense product 706-767 TFLOP/s):
+
+    T=65536 E=128 2048->768    0.38 (0.42)   0.79 (0.88)
+    T=65536 E=128 768->2048    0.37 (0.42)   0.78 (0.87)
+    T=2048  E=128 2048->768    0.114 (0.136) 0.265 (0.345)
+    T=65536 E=8   4096->14336  11.3 (12.0)
+
+The first shape with other groups: uniform 0.35 (0.31) and 0.78 (0.80), Dirichlet(0.3) 0.40 (0.40) and 0.87 (0.96), half of
+them empty 0.37 (0.37) and 0.80 (0.89), all rows in one 0.33 (0.34) and 1.12 (1.09): there the weight gradient has but 48
+tiles for 132 multiprocessors. With ``CACHED`` of 1, 32, 64 MiB and without limit its product took 0.40, 0.38, 0.37 and
+0.40 (the others are at 32). Masking g for neighbours too costs the weight gradient 6%.
 """
 
 import functools
@@ -32,7 +40,7 @@ STEP = 64  # contracted at a time
 STAGES = 4  # steps in shared memory
 STORES = 2  # pieces of a slab on their way to memory
 LINE = 128  # bytes of a row in shared memory: the widest swizzle
-CACHED = 2**25  # bytes of matrices worked on at a time, out of 50 MiB of cache
+CACHED = 2**26  # bytes of matrices worked on at a time; the cache has 50 MiB
 
 
 def product(
@@ -61,7 +69,7 @@ def product(
         plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
     ]
     body = functools.partial(_product, transpose_rhs=transpose_rhs, interpret=interpret)
-    # Two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
+    # Lanes, because two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
     run = _kernel("grouped_matmul", body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
     return run(*row_tiles(group_sizes, num_rows, at_once), lhs, rhs)
 
@@ -289,16 +297,11 @@ class _Ring(NamedTuple):
 
 def _work(ring: _Ring, tiles: jax.Array, find: Callable, load: Callable, multiply: Callable) -> None:
     """This block's tiles: ``step = load(find(index), step)`` in one warpgroup, ``multiply`` in the others."""
-    me, block, blocks = (jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block"))
+    me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
 
     def each_tile(run):
-        def body(i, carry):
-            tile, step = carry
-            following = find(jnp.minimum(block + (i + 1) * blocks, tiles - 1))  # read while this one is worked on
-            return following, run(tile, step)
-
-        first = find(jnp.minimum(block, tiles - 1)), jnp.int32(0)
-        return jax.lax.fori_loop(0, divide(tiles - block + blocks - 1, blocks), body, first)[1]
+        count = divide(tiles - block + blocks - 1, blocks)
+        return jax.lax.fori_loop(0, count, lambda i, step: run(find(block + i * blocks), step), jnp.int32(0))
 
     @pl.when(me == TEAM)
     def _():
