@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import dispatch
 from kernels.decode_attention import spans
 
 QUERIES = 64  # rows of a tensor core's product
@@ -205,11 +206,10 @@ def decode_attention(
         # A position's heads side by side: five coordinates are what the accelerator takes, tiles included.
         tuple(tuple(x.reshape(-1, x.shape[-3], num_kv * head_dim) for x in cache) for cache in caches),
     )
-    return (
-        averages[0]
-        if splits == 1
-        else _merged(averages, levels[..., :group].reshape(splits, num_rows, -1), queries.dtype)
-    )
+    averages, levels = (dispatch.varying(x, queries, keys, values, lengths) for x in (averages, levels))
+    if splits == 1:
+        return averages[0]
+    return _merged(averages, levels[..., :group].reshape(splits, num_rows, -1), queries.dtype)
 
 
 def choose_tiles(heads: int, positions: int) -> Tiles:

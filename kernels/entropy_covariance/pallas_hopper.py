@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import dispatch
 from kernels.entropy_covariance import chunked_xla, rows
 from kernels.entropy_covariance.logits import Head, gradients
 
@@ -81,9 +82,7 @@ def _statistics(static, hidden, unembedding, targets, temperature):
     vocab_size = static[1]
     walk = Walk.over(hidden.shape[0], vocab_size)
     parts = _partials(walk, static, hidden, unembedding, targets, temperature)
-    # What a kernel returns is typed the same on all devices of a shard_map: this types it as its operands, and is free.
-    any_value = hidden[0, 0] + unembedding[0, 0] > targets[0]
-    parts = tuple(jnp.where(any_value, x, x) for x in parts[:, :, : hidden.shape[0]])
+    parts = tuple(dispatch.varying(x, hidden, unembedding, targets) for x in parts[:, :, : hidden.shape[0]])
     both = lambda a, b: tuple(rows.merge(rows.Partial(*a), rows.Partial(*b)))
     total = rows.Partial(*lax.reduce(parts, tuple(jnp.float32(x) for x in NOTHING), both, (0,)))
     padding = (targets >= vocab_size) & (targets < unembedding.shape[1])

@@ -36,7 +36,9 @@ def product(
 
         return _each_block(block, starts[e], ends[e], lhs.shape[0], BLOCK_ROWS, out)
 
-    out = dispatch.varying(jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype), lhs, rhs, group_sizes)
+    out = dispatch.varying(
+        jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), dtype), lhs, rhs, group_sizes
+    )
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rhs.shape[0]), group, out)
 
 

@@ -71,7 +71,8 @@ def product(
     body = functools.partial(_product, transpose_rhs=transpose_rhs, interpret=interpret)
     # Lanes, because two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
     run = _kernel("grouped_matmul", body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
-    return run(*row_tiles(group_sizes, num_rows, at_once), lhs, rhs)
+    made = run(*row_tiles(group_sizes, num_rows, at_once), lhs, rhs)
+    return dispatch.varying(made, lhs, rhs, group_sizes)
 
 
 class _ProductTile(NamedTuple):
@@ -171,7 +172,7 @@ def weight_gradient(
     ]
     semantics = plgpu.LoweringSemantics.Warpgroup
     run = _kernel("grouped_matmul_weight_gradient", _gradient, out, memory, semantics, blocks, interpret)
-    return run(*by_size(group_sizes, num_rows), lhs, g)
+    return dispatch.varying(run(*by_size(group_sizes, num_rows), lhs, g), lhs, g, group_sizes)
 
 
 class _GradientTile(NamedTuple):

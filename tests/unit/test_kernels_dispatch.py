@@ -44,10 +44,18 @@ def run(op, name, *arguments):
 def test_every_implementation_traces_inside_shard_map(op, name):
     """Each device with operands of its own: the result differs between devices, and says so."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    arguments = [jax.ShapeDtypeStruct((4 * shape[0], *shape[1:]), dtype) for shape, dtype in SHAPES[op]]
-    sharded = jax.shard_map(functools.partial(run, op, name), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
-    out, alone = jax.eval_shape(sharded, *arguments), jax.eval_shape(functools.partial(run, op, name), *arguments)
-    assert out.shape[0] == arguments[0].shape[0] and out.dtype == alone.dtype
+    one = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in SHAPES[op]]
+    four = [jax.ShapeDtypeStruct((4 * x.shape[0], *x.shape[1:]), x.dtype) for x in one]
+    function = functools.partial(run, op, name)
+
+    def typed(*arguments):
+        out = function(*arguments)
+        assert "x" in jax.typeof(out).manual_axis_type.varying
+        return out
+
+    sharded = jax.shard_map(typed, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    out, alone = jax.eval_shape(sharded, *four), jax.eval_shape(function, *one)
+    assert out.shape == (4 * alone.shape[0], *alone.shape[1:]) and out.dtype == alone.dtype
 
 
 def test_varying_changes_a_type_and_no_number():

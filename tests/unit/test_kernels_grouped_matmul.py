@@ -92,7 +92,9 @@ def test_some_of_the_groups_alone(name):
     whole = functools.partial(value_and_gradients, lhs, rhs, jnp.array(sizes), jnp.ones((M, N)))
     expected, d_lhs, d_rhs = whole(name=name)
     own = np.r_[10:170]
-    for out, wanted in zip(run(poisoned, rhs[2:4], jnp.array(sizes), jnp.int32(2))[:2], (expected, d_lhs), strict=True):
+    for out, wanted in zip(
+        run(poisoned, rhs[2:4], jnp.array(sizes), jnp.int32(2))[:2], (expected, d_lhs), strict=True
+    ):
         np.testing.assert_allclose(np.asarray(out)[own], np.asarray(wanted)[own], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(np.delete(np.asarray(out), own, axis=0), 0)
     grad = run(poisoned, rhs[2:4], jnp.array(sizes), jnp.int32(2))[2]
