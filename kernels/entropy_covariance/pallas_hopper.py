@@ -2,11 +2,15 @@
 
 Tiles of both operands stream through shared memory (TMA) into the tensor cores (wgmma); no logits leave the registers.
 Of a block's three warpgroups one issues the copies and two hold a product of ROWS rows and COLUMNS columns each, the
-same columns. The second runs some steps behind the first: while one works on its exponentials, the other has the tensor
-cores. Two blocks make a cluster: other rows, the same columns, of which each copies half for both.
+same columns. Two blocks make a cluster: other rows, the same columns, of which each copies half for both.
 
 The backward pass computes the logits again, a block of the vocabulary at a time, and writes the cotangent of the block in
 the operands' type; XLA's products do the rest.
+
+On one H200 at N=16384 D=2048 V=151936 in bf16, one run, where the product alone took 14.8 ms: the statistics 15.2 ms, the
+cotangents of all blocks 14.7 ms, forward and backward 62.5 ms with 1.0 GB of temporary memory. That is four products, 59 ms;
+autodiff of full logits makes three, in 54.1 ms with 19.9 GB. Cotangents without clusters take 3% longer, statistics by 64
+columns at a time 2%; a warpgroup that starts three steps after the other (as in the 62.5 ms) changes neither by 1%.
 """
 
 import functools
@@ -31,7 +35,7 @@ STAGES = 4  # steps in flight; one less where the memory of one is what a cotang
 MULTIPROCESSORS = 132  # of an H100 SXM or H200; with fewer, some clusters wait for others to end
 GROUP = 16  # units of rows that pass over the vocabulary together: they stay in the L2 cache
 MAX_SPLITS = 64
-BLOCK_BYTES = 2**29 + 2**27  # of the cotangent of a block of the vocabulary
+BLOCK_BYTES = 2**29  # of the cotangent of a block of the vocabulary
 TRANSFORMS = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
 LOG2E = math.log2(math.e)
 NOTHING = (-jnp.inf, -1.0, 0.0, 0.0)  # rows.Partial of no column
@@ -97,7 +101,7 @@ def _forward(static, hidden, unembedding, targets, temperature):
 def _backward(static, residuals, g):
     hidden, unembedding, targets, temperature, (_, entropy, logsumexp) = residuals
     depth, vocab = unembedding.shape
-    g_logprob, g_entropy, g_logsumexp = (x / temperature for x in g)
+    g_logprob, g_entropy, g_logsumexp = (x / temperature.astype(x.dtype) for x in g)
     # rows.cotangent in bits: p (constant + linear * log2 p), and more for the target.
     constant, linear = g_logsumexp - g_logprob - g_entropy * entropy, -g_entropy / LOG2E
     row_values = jnp.stack([logsumexp * LOG2E, constant, linear, g_logprob])
@@ -281,12 +285,11 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
     for each tile of ``place``: (its rows, split, first tile, number of tiles). Scratch leads with an axis of warpgroups.
     """
     steps_a_tile = hidden.shape[1] // DEPTH
-    lag = min(stages - 1, steps_a_tile)
     height = ROWS * WARPGROUPS
     hidden = jnp.pad(hidden, ((0, -hidden.shape[0] % 8), (0, 0)))  # what is copied is tiled by 8 rows
 
     def kernel(hidden_ref, weight_ref, *refs):
-        given, (x_smem, w_smem, full, empty, ahead, *own) = refs[: len(operands) + 1], refs[len(operands) + 1 :]
+        given, (x_smem, w_smem, full, empty, *own) = refs[: len(operands) + 1], refs[len(operands) + 1 :]
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         num_visits = lax.div(walk.units * walk.splits - 1 - cluster, walk.clusters) + 1
 
@@ -331,10 +334,6 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
         def _():
             plgpu.set_max_registers(232, action="increase")
 
-            @pl.when(warpgroup == 1)
-            def _():
-                plgpu.barrier_wait(ahead)
-
             def product(step):
                 def accumulate(acc):
                     def deepen(depth, step):
@@ -346,10 +345,6 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
                         @pl.when(depth > 0)
                         def _():
                             plgpu.barrier_arrive(empty.at[lax.rem(step - 1, stages)])
-
-                        @pl.when((warpgroup == 0) & (step == lag - 1))
-                        def _():
-                            plgpu.barrier_arrive(ahead)
 
                         return step + 1
 
@@ -368,7 +363,7 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
             lax.fori_loop(0, num_visits, follow, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    call = plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(walk.clusters,),
@@ -382,11 +377,12 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
             plgpu.SMEM((stages, DEPTH, COLUMNS), hidden.dtype, transforms=TRANSFORMS),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),  # one for each copy
             plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=stages, num_arrivals=WARPGROUPS),
-            plgpu.Barrier(),
             *scratch,
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret,
-    )(hidden, weight, *operands)
+    )
+    with jax.enable_x64(False):  # indices are of 32 bits
+        return call(hidden, weight, *operands)

@@ -9,10 +9,13 @@ Forward / forward and backward in ms (plain = log_softmax and autodiff). fp32 on
     6144, 128, 2048        81 / 214      120 / 184     48 / 128          135 / 200
     2048, 128, 16384       175 / 441     207 / 321     87 / 242          179 / 312
 
-bf16 on one H200, with GB of temporary memory in the backward pass (two runs, absolute times drift between them):
+bf16 on one H200, with GB of temporary memory in the backward pass (two runs; a product alone takes 13.2 and 14.8):
 
-    16384, 2048, 151936    17.7 / 53 (19.9)    18.6 / 49 (14.9) reference    24.9 / 76 (0.6) chunked_xla
-    the same               19.5 / 58 (19.9)    16.0 / not yet measured pallas_hopper; the product alone takes 15.0
+    N, D, V                plain               reference           chunked_xla         pallas_hopper
+    16384, 2048, 151936    17.7 / 53 (19.9)    18.6 / 49 (14.9)    24.9 / 76 (0.6)
+    16384, 2048, 151936    -    / 54 (19.9)                        25.2 / 79 (0.6)     15.2 / 62 (1.0)
+
+The fastest backward pass is the one that keeps the logits, where there is room for them: ask for "reference" by name.
 """
 
 from typing import NamedTuple

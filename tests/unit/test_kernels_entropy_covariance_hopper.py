@@ -155,6 +155,13 @@ def test_lowers_for_cuda_and_is_chosen_on_hopper_alone(monkeypatch):
     assert num_kernels(of_rows) == 1
 
 
+def test_lowers_with_64_bit_numbers(x64):
+    temperature = jnp.asarray(0.7)
+    by_name = lambda h, w, t: token_statistics(h, w, t, temperature=temperature, implementation="pallas_hopper")
+    total = lambda h, w, t: jnp.sum(jnp.stack(by_name(h, w, t)))
+    assert num_kernels(jax.grad(total, (0, 1))) == 2
+
+
 @pytest.mark.gpu
 def test_default_on_a_chip():
     """By itself where the devices are Hopper GPUs; the same gradients, without the logits."""
