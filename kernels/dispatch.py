@@ -29,10 +29,15 @@ def on_one_device() -> bool:
 
 def varying(x: jax.Array, *operands: jax.Array) -> jax.Array:
     """x, typed as what is computed from the operands: in ``shard_map`` what differs between devices has a type of its own,
-    which a loop's first carry has to be given. Costs nothing: compilers drop the choice."""
-    for operand in operands:
-        x = jnp.where(jnp.any(operand.reshape(-1)[:1] > 0), x, x)
-    return x
+    which a loop's first carry and a kernel's result have to be given. Its gradient is summed over those devices."""
+    differ = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*map(differ, operands)) - differ(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """All of them, each typed as what is computed from all: what a derivative written by hand has to be given."""
+    return tuple(varying(x, *operands) for x in operands)
 
 
 def result(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels.entropy_covariance import rows
 from kernels.entropy_covariance.logits import Head, gradients
 
@@ -104,6 +105,7 @@ class _Blocks:
         self.unembedding = unembedding.reshape(self.shape)
 
     def each(self, body, carry):
+        carry = jax.tree.map(lambda x: dispatch.varying(x, self.hidden, self.unembedding, self.targets), carry)
         return each_block(self.shape[2], self.width, body, carry)
 
     def weight(self, start, width):

@@ -115,6 +115,7 @@ def _backward(static, residuals, g):
         return d_hidden + more, d_weight
 
     init = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((depth, vocab), unembedding.dtype)
+    init = tuple(dispatch.varying(x, hidden, unembedding, targets) for x in init)
     width = block_width(hidden.shape[0], vocab)
     d_hidden, d_weight = chunked_xla.each_block(vocab, width, body, init)
     return d_hidden.astype(hidden.dtype), d_weight, None, None

@@ -104,7 +104,8 @@ def token_statistics(
         hopper = name == "chunked_xla" and fits and dispatch.on_hopper() and dispatch.on_one_device()
         function = _hopper_if_cuda if hopper else IMPLEMENTATIONS[name]
     head = Head(jax.lax.stop_gradient(jnp.asarray(temperature)), soft_cap, vocab_size)
-    return TokenStatistics(*function(hidden, unembedding, targets.astype(jnp.int32), head, row_shards, vocab_shards))
+    hidden, unembedding, targets = dispatch.alike(hidden, unembedding, targets.astype(jnp.int32))
+    return TokenStatistics(*function(hidden, unembedding, targets, head, row_shards, vocab_shards))
 
 
 def _choose(rows: int, vocab: int) -> str:

@@ -75,10 +75,11 @@ def grouped_matmul(
                 f"grouped_matmul: rhs has {groups} matrices and group_sizes {group_sizes.shape[0]} groups; of some groups "
                 "alone, say from which on: group_offset="
             )
-        return _grouped(static, lhs, rhs, group_sizes)
+        return _grouped(static, *dispatch.alike(lhs, rhs, group_sizes))
     before = jnp.sum(jnp.where(jnp.arange(group_sizes.shape[0]) < group_offset, group_sizes, 0))
     own = jax.lax.dynamic_slice_in_dim(group_sizes, group_offset, groups)
-    return jnp.roll(_grouped(static, jnp.roll(lhs, -before, axis=0), rhs, own), before, axis=0)
+    operands = dispatch.alike(jnp.roll(lhs, -before, axis=0), rhs, own)
+    return jnp.roll(_grouped(static, *operands), before, axis=0)
 
 
 def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import dispatch
 from kernels.decode_attention import decode_attention
 from kernels.decode_attention.public import IMPLEMENTATIONS as ATTENTION
-from kernels.entropy_covariance import token_statistics
+from kernels.entropy_covariance import chunked_xla, token_statistics
 from kernels.entropy_covariance.public import IMPLEMENTATIONS as STATISTICS
 from kernels.grouped_matmul import grouped_matmul
 from kernels.grouped_matmul.public import IMPLEMENTATIONS as PRODUCTS
@@ -58,6 +58,43 @@ def test_every_implementation_traces_inside_shard_map(op, name):
     assert out.shape == (4 * alone.shape[0], *alone.shape[1:]) and out.dtype == alone.dtype
 
 
+@pytest.mark.parametrize("name", ["ragged_dot", "batched_xla", "blocked_xla", None])
+def test_experts_that_all_devices_share_get_the_sum_of_their_gradients(name):
+    rng = np.random.default_rng(0)
+    lhs, rhs = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((32, 5), (3, 5, 4)))
+    sizes = jnp.asarray([[3, 0, 5], [8, 0, 0], [1, 1, 1], [0, 0, 0]])  # of each device's eight rows
+
+    def loss(lhs, rhs, sizes):
+        return (grouped_matmul(lhs, rhs, sizes.reshape(-1), implementation=name) ** 2).sum(1)
+
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P("x"), P(), P("x")), out_specs=P("x"))
+    one_by_one = lambda lhs, rhs, sizes: jnp.concatenate(
+        [loss(part, rhs, own) for part, own in zip(lhs.reshape(4, 8, 5), sizes, strict=True)]
+    )
+    gradients = lambda f: jax.jit(jax.grad(lambda a, b: f(a, b, sizes).sum(), (0, 1)))(lhs, rhs)
+    for found, wanted in zip(gradients(sharded), gradients(one_by_one), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", "row_blocks_xla", "chunked_xla"])
+def test_a_head_that_all_devices_share_gets_the_sum_of_their_gradients(name, monkeypatch):
+    monkeypatch.setattr(chunked_xla, "block_width", lambda *_: 40)  # two blocks and a narrower one
+    rng = np.random.default_rng(0)
+    hidden, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 8), (8, 96)))
+    targets = jnp.asarray(rng.integers(0, 96, 16))
+
+    def loss(hidden, weight, targets):
+        out = token_statistics(hidden, weight, targets, temperature=1.0, implementation=name)
+        return out.logprob + 0.3 * out.entropy
+
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P("x"), P(), P("x")), out_specs=P("x"))
+    gradients = lambda f: jax.jit(jax.grad(lambda h, w: f(h, w, targets).sum(), (0, 1)))(hidden, weight)
+    for found, wanted in zip(gradients(sharded), gradients(loss), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_varying_changes_a_type_and_no_number():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 
@@ -66,6 +103,7 @@ def test_varying_changes_a_type_and_no_number():
         return jax.lax.fori_loop(0, 3, lambda i, carry: carry + x, dispatch.varying(start, x))
 
     np.testing.assert_array_equal(total(jnp.arange(4.0), jnp.ones(1)), [1, 4, 7, 10])
+    assert dispatch.varying(jnp.ones(2), jnp.ones(3)).shape == (2,)  # nothing to do outside
     with pytest.raises(TypeError, match="carry"):
         jax.shard_map(
             lambda x, start: jax.lax.fori_loop(0, 3, lambda i, carry: carry + x, start),
