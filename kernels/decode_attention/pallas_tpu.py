@@ -83,8 +83,8 @@ def decode_attention(
             s = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
             inside = lambda i: (i >= first * num_kv) & (i < last * num_kv)
             column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            head = _div(jax.lax.broadcasted_iota(jnp.int32, (num_heads, 1), 0), num_heads // num_kv)
-            s = jnp.where((_rem(column, num_kv) == head) & inside(column), s, -jnp.inf)
+            head = spans.div(jax.lax.broadcasted_iota(jnp.int32, (num_heads, 1), 0), num_heads // num_kv)
+            s = jnp.where((spans.rem(column, num_kv) == head) & inside(column), s, -jnp.inf)
             v = flat(value_ref)
             v = jnp.where(inside(jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)), v, 0)  # 0 * NaN is NaN
             top = jnp.maximum(highest[...], jnp.max(s, axis=1, keepdims=True))
@@ -95,7 +95,7 @@ def decode_attention(
 
         for i, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
             _, start, end = (ref[row] for ref in span_refs[3 * i : 3 * i + 3])
-            at = (_div(start, size) + step - begin) * size
+            at = (spans.div(start, size) + step - begin) * size
             key_ref, value_ref = cache_refs[2 * i : 2 * i + 2]
             pl.when((step >= begin) & (at < end))(functools.partial(attend, key_ref, value_ref, start - at, end - at))
 
@@ -139,7 +139,7 @@ def decode_attention(
 
 def fetched(step: jax.Array, start: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """The block of ``size`` positions that a span's step needs: its first before it begins, its last once it is done."""
-    return jnp.minimum(_div(start, size) + jnp.maximum(step, 0), _div(jnp.maximum(end - 1, 0), size))
+    return jnp.minimum(spans.div(start, size) + jnp.maximum(step, 0), spans.div(jnp.maximum(end - 1, 0), size))
 
 
 def choose_block(num_heads: int, num_kv: int, head_dim: int, dtype: jnp.dtype, generation: str | None = None) -> int:
@@ -151,15 +151,6 @@ def choose_block(num_heads: int, num_kv: int, head_dim: int, dtype: jnp.dtype, g
     while 4 * block * position <= STEP_BYTES.get(generation or "", 2**20) and used(2 * block) <= VMEM_BYTES:
         block *= 2
     return block
-
-
-def _div(x: jax.Array, by: int) -> jax.Array:
-    """x // by of x >= 0, without a look at signs."""
-    return jax.lax.div(x, jnp.full_like(x, by))
-
-
-def _rem(x: jax.Array, by: int) -> jax.Array:
-    return jax.lax.rem(x, jnp.full_like(x, by))
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

@@ -50,8 +50,8 @@ def decode_attention(
     kernel for GPUs of compute capability 9.0: heads of 64 or 128, bf16 or fp16, caches of a multiple of 8 positions),
     "pallas_tpu" (a kernel for TPUs; by name only, because it was never timed on a chip) or None, by the platform that it
     is compiled for. The kernels read no block of positions outside a row's length and window. None is "pallas_hopper"
-    where that fits, the process has Hopper GPUs, ``num_shards`` is 1, and no mesh of several devices is in use
-    (``jax.set_mesh``), but inside ``shard_map``.
+    where that fits and there are rows enough to leave each whole, the GPU is a Hopper, ``num_shards`` is 1, and no mesh of
+    several devices is in use (``jax.set_mesh``), but inside ``shard_map``.
     """
     check_layer("decode_attention", keys.ndim, layer)
     num_rows, num_heads, head_dim = queries.shape
@@ -90,7 +90,8 @@ def _run(implementation, arrays, options):
         return bound(implementation)(*arrays)
     queries, keys, _, _, prompt, *_ = arrays
     own = dispatch.on_one_device() and options["num_shards"] == 1  # no compiler cuts a kernel over devices
-    hopper = own and dispatch.on_hopper() and not pallas_hopper.unfit(queries, keys, prompt)
+    fits = not pallas_hopper.unfit(queries, keys, prompt) and pallas_hopper.fills_the_chip(queries, keys, prompt)
+    hopper = own and fits and dispatch.on_hopper()
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *arrays,

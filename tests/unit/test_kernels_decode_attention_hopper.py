@@ -82,6 +82,7 @@ def test_where_it_is_the_default(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     assert chosen()
     assert not chosen(positions=252) and not chosen(dtype=jnp.float32)
+    assert not chosen(positions=512)  # two splits
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
         assert not chosen()
 
@@ -89,7 +90,7 @@ def test_where_it_is_the_default(monkeypatch):
 @pytest.mark.parametrize(
     "sizes, dtype, words",
     [
-        ((4, 136, 1, 2, 64, 2, 72), np.float32, "bf16 or fp16, not float32 and float32"),
+        ((4, 136, 1, 2, 64, 2, 72), np.float32, "bf16 or fp16, not float32"),
         ((4, 136, 1, 2, 32, 2, 72), BF16, "heads of 64 or 128, not 32"),
         ((4, 136, 1, 65, 64, 2, 72), BF16, "at most 64 queries a key head, not 65"),
         ((4, 130, 1, 2, 64, 2, 72), BF16, "multiple of 8 positions, not 130 and 72"),
@@ -103,9 +104,15 @@ def test_what_it_does_not_take(sizes, dtype, words):
 
 def test_splits():
     assert choose_tiles(128 * 8, 1280).splits == 1
-    assert choose_tiles(8 * 8, 1280).splits == 5  # as many as have 4 blocks
-    assert choose_tiles(8 * 8, 8192).splits == 8  # as many as there is room for
+    assert choose_tiles(8 * 8, 1280).splits == 4  # as many as there is room for
+    assert choose_tiles(8 * 8, 800).splits == 3  # as many as have 4 blocks
     assert choose_tiles(1, 100).splits == 1
+
+
+def test_under_x64():
+    with jax.enable_x64(True):
+        run = lambda q, k, v, n: decode_attention(q, k, v, lengths=n, window=9, implementation="pallas_hopper")
+        assert "custom_call @mosaic_gpu" in lowered(run)
 
 
 CHIP = [
