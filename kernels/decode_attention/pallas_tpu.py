@@ -129,7 +129,7 @@ def decode_attention(
         interpret=interpret,
         name="decode_attention",
     )(
-        jnp.reshape(0 if layer is None else layer, 1),
+        jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         *(x for span in seen for x in span),
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         queries,
