@@ -16,9 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.decode_attention import spans
+from kernels.tpu import LANES, VMEM_BYTES
 
-LANES = 128
-VMEM_BYTES = 12 * 2**20  # of blocks, two of each in flight: below the smallest generation's 16 MiB of scoped memory
 # Keys and values of a step by generation, a guess: a third of a microsecond of reading or more, which is a step's overhead.
 STEP_BYTES = {"v5e": 2**20, "v5p": 2**20, "v6e": 2**20, "tpu7x": 2**21}
 

@@ -16,8 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import dispatch
 from kernels.entropy_covariance import chunked_xla, rows
 from kernels.entropy_covariance.logits import Head
-
-VMEM_BYTES = 12 * 2**20  # of blocks, two of each in flight: below the smallest generation's 16 MiB of scoped memory
+from kernels.tpu import VMEM_BYTES, keep
 
 
 class Tiles(NamedTuple):
@@ -98,8 +97,7 @@ def _statistics(static, hidden, unembedding, targets, temperature):
         x, w = hidden_ref[...].astype(operands), weight_ref[...].astype(operands)
         if depth % t.depth:  # what lies past the contracted axis may be anything
             inside = depth - d * t.depth
-            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < inside, x, 0)
-            w = jnp.where(jax.lax.broadcasted_iota(jnp.int32, w.shape, 0) < inside, w, 0)
+            x, w = keep(x, 1, inside), keep(w, 0, inside)
         raw_ref[...] += jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
 
         @pl.when(d == steps[1] - 1)

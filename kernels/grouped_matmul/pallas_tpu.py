@@ -15,9 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
-
-LANES = 128
-VMEM_BYTES = 12 * 2**20  # of blocks, two of each in flight: below the smallest generation's 16 MiB of scoped memory
+from kernels.tpu import LANES, VMEM_BYTES, keep
 
 
 class Tiles(NamedTuple):
@@ -80,8 +78,8 @@ def product(
                 rows, weight = lhs_ref[...].astype(operands), rhs_ref[...].astype(operands)
                 if depth % t.k:  # what lies past the contracted axis may be anything
                     inside = depth - k * t.k
-                    rows = _keep(rows, 1, inside)
-                    weight = _keep(weight, 1 if transpose_rhs else 0, inside)
+                    rows = keep(rows, 1, inside)
+                    weight = keep(weight, 1 if transpose_rhs else 0, inside)
                 total[...] += _dot(rows, weight, contract)
 
             @pl.when(k == k_steps - 1)
@@ -231,10 +229,6 @@ def _largest(axis: int, limit: int) -> int:
         return axis
     limit -= limit % LANES
     return next((size for size in range(limit, LANES - 1, -LANES) if axis % size == 0), limit)
-
-
-def _keep(x: jax.Array, axis: int, count: jax.Array) -> jax.Array:
-    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, x, 0)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple) -> jax.Array:

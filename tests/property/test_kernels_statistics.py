@@ -56,6 +56,6 @@ def test_implementations_agree_with_float64(seed, scale, temperature):
 def test_blocks_are_really_cut(monkeypatch):
     """The law above with the vocabulary in blocks of 128, so that chunked_xla has three."""
     monkeypatch.setattr(chunked_xla, "block_width", lambda *_: 128)
-    run.clear_cache()
+    jax.clear_caches()
     test_implementations_agree_with_float64()
-    run.clear_cache()
+    jax.clear_caches()
