@@ -34,6 +34,7 @@ class Panel:
 
 PANELS: tuple[Panel, ...] = (
     Panel("reward", "Reward", "mean per completion", ("critic/score/mean", "critic/rewards/mean"), (0.0, None)),
+    Panel("auc", "Right samples above wrong ones", "area under the curve", ("reward/*_auc",), (0.5, 1.0)),
     Panel("train_accuracy", "Training accuracy by task", "fraction correct", ("train/accuracy/*",), (0.0, 1.0)),
     Panel(
         "cohort",
@@ -121,6 +122,8 @@ UNPLOTTED = (
 AGREEMENT = "cohort/agreement/"  # <policy>_<policy>; drawn as a matrix
 
 LABELS = {
+    "reward/mean_probability_auc": "mean probability",
+    "reward/likelihood_auc": "likelihood",
     "critic/score/mean": "score",
     "critic/rewards/mean": "with shaping",
     "clip_cov/fraction": "Clip-Cov",
