@@ -318,10 +318,12 @@ def test_policies_of_two_tokenizers_run(tmp_path):
     file, run = tmp_path / "two_tokenizers.py", tmp_path / "run"
     file.write_text(
         "from configs import rlccf\n\n\ndef get_config(arg=''):\n    config = rlccf.get_config('smoke')\n"
-        f"    config.cohort.sums.tokenizer = '{model}'\n    config.verify = 'split'\n    return config\n"
+        f"    config.cohort.sums.tokenizer = '{model}'\n    config.verify = 'split'\n"
+        "    config.answer_rule = 'equivalence'\n    return config\n"
     )
     harness.succeed(f"--config={file}", f"--run={run}", "--config.log.report=False")
     rows = harness.metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["reward/error_fraction"] == 0 for row in rows)
+    assert all("cohort/labelled_fraction" in row for row in rows)
     inputs = {record["input"] for drawn in harness.rollouts(run).values() for record in drawn}
     assert all(text.split()[0] in ("add", "sub", "dfa") for text in inputs)
