@@ -1,11 +1,11 @@
 """TTRL (Test-Time Reinforcement Learning, arXiv:2504.16084): the majority of a question's samples is its label.
 
     python -m experiments.run --config=ttrl.py              # a small model trained here, minutes on two CPU cores
-    python -m experiments.run --config=ttrl.py:smoke    # seconds
-    python -m experiments.run --config=ttrl.py:oracle   # the same with the true labels: how far a vote can get
+    python -m experiments.run --config=ttrl.py:smoke        # seconds
+    python -m experiments.run --config=ttrl.py:oracle       # the same with the true labels: how far a vote can get
     python -m experiments.run --config=ttrl.py:systematic   # where a vote cannot help: all samples err in the same way,
     python -m experiments.run --config=ttrl.py:binary       # or there are but two answers, so that errors cannot scatter
-    python -m experiments.run --config=ttrl.py:paper    # AIME 2024 with 7B; needs its checkpoint and data
+    python -m experiments.run --config=ttrl.py:paper        # AIME 2024 with 7B; needs its checkpoint and data
 
 Trained and evaluated on the same held-out questions, which the warm-up never saw. Their answers are used for metrics and
 for the audit at the end alone.

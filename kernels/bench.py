@@ -41,11 +41,7 @@ EXPERTS = {
 SKEWS = ("uniform", "dirichlet-0.3", "half-empty", "one")  # of the first; all others are dirichlet-2
 HEADS = {"Qwen3-30B-A3B": (16384, 2048, 151936)}  # tokens, hidden size, vocabulary
 CACHES = {"Qwen3-0.6B": (28, 128, 1280, 16, 8, 128)}  # layers, rows, positions, query heads, key heads, size of a head
-SMALL = dict(
-    experts={"small": (4096, 16, 256, 128)},
-    heads={"small": (2048, 128, 16384)},
-    caches={"small": (2, 64, 128, 4, 2, 32)},
-)
+SMALL = ({"small": (4096, 16, 256, 128)}, {"small": (2048, 128, 16384)}, {"small": (2, 64, 128, 4, 2, 32)})
 
 
 class Case(typing.NamedTuple):
@@ -62,17 +58,18 @@ class Case(typing.NamedTuple):
 
 
 def cases(platform: str) -> Iterator[Case]:
-    """Everything for a platform, the first of each operation what users of a CPU would want to know."""
+    """Everything for a platform: the shapes of published models, or on a CPU small ones in fp32."""
     small = platform == "cpu"
     dtype = jnp.dtype("float32" if small else "bfloat16")
-    for name, shape in (SMALL["experts"] if small else EXPERTS).items():
+    experts, heads, caches = SMALL if small else (EXPERTS, HEADS, CACHES)
+    for name, shape in experts.items():
         yield from _products(name, "dirichlet-2", dtype, *shape)
-    name, shape = next(iter((SMALL["experts"] if small else EXPERTS).items()))
+    name, shape = next(iter(experts.items()))
     for skew in SKEWS:
         yield from _products(f"{name}, {skew}", skew, dtype, *shape)
-    for name, shape in (SMALL["heads"] if small else HEADS).items():
+    for name, shape in heads.items():
         yield from _statistics(name, dtype, *shape)
-    for name, shape in (SMALL["caches"] if small else CACHES).items():
+    for name, shape in caches.items():
         yield from _attention(name, dtype, *shape)
 
 
@@ -232,17 +229,12 @@ def measured(case: Case, wanted: Sequence[str], floor: float, repeats: int) -> I
         try:
             if name in case.others:
                 peer = case.others[name](*arguments)
-                call, wait, out = peer.call, peer.wait, peer.output()
-                record["temporary_bytes"] = peer.temporary_bytes
             else:
-                run = jax.jit(case.run(None if name == DEFAULT else name)).lower(*arguments).compile()
-                memory = run.memory_analysis()
-                record["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else None
-                call, wait = (lambda run=run: run(*arguments)), jax.block_until_ready
-                out = call()
+                peer = peers.compiled(case.run(None if name == DEFAULT else name), *arguments)
+            record["temporary_bytes"], out = peer.temporary_bytes, peer.output()
             if first is not None:
                 record["error"] = difference(out, first[1])
-            seconds = seconds_of(call, wait, repeats)
+            seconds = seconds_of(peer.call, peer.wait, repeats)
         except Exception as error:  # whatever it says, the others are still to be tried
             lines = str(error).strip().splitlines() or [type(error).__name__]
             yield record | dict(failed=lines[0][:300])

@@ -17,6 +17,14 @@ class Peer(typing.NamedTuple):
     temporary_bytes: int | None = None
 
 
+def compiled(function: Callable, *arguments: jax.Array) -> Peer:
+    """A function of ours, compiled for these arguments."""
+    run = jax.jit(function).lower(*arguments).compile()
+    memory = run.memory_analysis()
+    call = lambda: run(*arguments)
+    return Peer(call, jax.block_until_ready, call, None if memory is None else memory.temp_size_in_bytes)
+
+
 def _torch():
     try:
         import torch
@@ -87,7 +95,7 @@ def cudnn_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, leng
 
 def plain_statistics(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> Peer:
     """What one would write: all logits, their log-softmax in fp32."""
-    return _compiled(_plain, hidden, unembedding, targets)
+    return compiled(_plain, hidden, unembedding, targets)
 
 
 def plain_statistics_gradients(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> Peer:
@@ -97,7 +105,7 @@ def plain_statistics_gradients(hidden: jax.Array, unembedding: jax.Array, target
         logprob, entropy, _ = _plain(hidden, unembedding, targets)
         return logprob.mean() + 0.1 * entropy.mean()
 
-    return _compiled(jax.value_and_grad(loss, argnums=(0, 1)), hidden, unembedding, targets)
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1)), hidden, unembedding, targets)
 
 
 def _plain(hidden, unembedding, targets):
@@ -105,10 +113,3 @@ def _plain(hidden, unembedding, targets):
     logp = jax.nn.log_softmax(logits)
     logprob = jnp.take_along_axis(logp, targets[:, None], axis=1)[:, 0]
     return logprob, -jnp.sum(jnp.exp(logp) * logp, axis=1), jax.nn.logsumexp(logits, axis=1)
-
-
-def _compiled(function: Callable, *arguments: jax.Array) -> Peer:
-    run = jax.jit(function).lower(*arguments).compile()
-    memory = run.memory_analysis()
-    call = lambda: run(*arguments)
-    return Peer(call, jax.block_until_ready, call, None if memory is None else memory.temp_size_in_bytes)

@@ -75,6 +75,11 @@ def load_config(name: str, arg: str = "smoke"):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+def portable(implementations: typing.Iterable[str]) -> list[str]:
+    """The implementations of an operation that every platform compiles: those that are no kernels for one kind of chip."""
+    return [name for name in implementations if not name.startswith("pallas")]
+
+
 def one_device() -> list:
     """For ``build.build(config, devices)``, where a test wants no sharding."""
     return jax.devices()[:1]

@@ -14,7 +14,7 @@ def _of_digits(rng: np.random.Generator, num_digits: int) -> int:
     return int(rng.integers(low, 10**num_digits))
 
 
-def _digit_pairs(a: int, b: int) -> list[tuple[int, int]]:
+def digit_pairs(a: int, b: int) -> list[tuple[int, int]]:
     """Digits of both, units first, zero-filled to the same length."""
     width = max(len(str(a)), len(str(b)))
     return [(int(x), int(y)) for x, y in zip(reversed(f"{a:0{width}}"), reversed(f"{b:0{width}}"), strict=True)]
@@ -31,7 +31,7 @@ def _ask_add(data: Data) -> str:
 def _work_add(data: Data) -> Solution:
     """Units first, ``digit+digit+carry=sum``: 47+85 is 7+5+0=12, then 4+8+1=13."""
     steps, carry = [], 0
-    for x, y in _digit_pairs(data["a"], data["b"]):
+    for x, y in digit_pairs(data["a"], data["b"]):
         total = x + y + carry
         steps.append(f"{x}+{y}+{carry}={total}")
         carry = total // 10
@@ -50,7 +50,7 @@ def _ask_sub(data: Data) -> str:
 def _work_sub(data: Data) -> Solution:
     """Units first, ``digit-digit-borrow=difference``, ten lent where needed: 85-47 is 15-7-0=8, then 8-4-1=3."""
     steps, borrow = [], 0
-    for x, y in _digit_pairs(data["a"], data["b"]):
+    for x, y in digit_pairs(data["a"], data["b"]):
         lent = x - y - borrow < 0
         x += 10 * lent
         steps.append(f"{x}-{y}-{borrow}={x - y - borrow}")

@@ -14,6 +14,7 @@ import re
 import numpy as np
 
 from rl_reason.tasks import get
+from rl_reason.tasks.arithmetic import digit_pairs
 from rl_reason.tasks.base import Solution
 from rl_reason.tasks.graphs import NUM_COLORS
 from rl_reason.tasks.relation import Data, Relation, joined, shown
@@ -35,9 +36,7 @@ def _work_add_without_carry(data: Data) -> Solution:
     >>> _work_add_without_carry({"a": 47, "b": 85})
     Solution(steps='7+5+0=12 4+8+0=12', answer='122')
     """
-    a, b = (str(data[name])[::-1] for name in ("a", "b"))
-    width = max(len(a), len(b))
-    pairs = [(int(x), int(y)) for x, y in zip(a.ljust(width, "0"), b.ljust(width, "0"), strict=True)]
+    pairs = digit_pairs(data["a"], data["b"])
     steps = [f"{x}+{y}+0={x + y}" for x, y in pairs]
     *units, first = (x + y for x, y in pairs)
     return Solution(joined(steps, " "), joined([first, *(total % 10 for total in reversed(units))], ""))

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 
 from kernels.decode_attention import decode_attention
 from kernels.decode_attention.public import IMPLEMENTATIONS
+from tests.support import portable
 from tests.unit.test_kernels_decode_attention import oracle
 
 B, S, KV, H, HD, Q, PROMPT = 5, 9, 2, 4, 8, 3, 6
-NAMES = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]
+NAMES = portable(IMPLEMENTATIONS)
 
 
 @functools.partial(jax.jit, static_argnames="name")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from kernels.grouped_matmul import grouped_matmul, pallas_tpu
 from kernels.grouped_matmul.pallas_tpu import Tiles
 from kernels.grouped_matmul.public import IMPLEMENTATIONS
+from tests.support import portable
 
 M, K, N, E = 200, 4, 3, 5
 
@@ -27,9 +28,7 @@ def interpreted(lhs, rhs, sizes):
     return out, d_lhs, pallas_tpu.weight_gradient(lhs, g, sizes, **options)
 
 
-COMPILED = {
-    name: jax.jit(lambda a, b, s, name=name: both(a, b, s, name)) for name in IMPLEMENTATIONS if name[:6] != "pallas"
-}
+COMPILED = {name: jax.jit(lambda a, b, s, name=name: both(a, b, s, name)) for name in portable(IMPLEMENTATIONS)}
 COMPILED["pallas_tpu"] = jax.jit(interpreted)
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 
 from kernels.entropy_covariance import chunked_xla, token_statistics
 from kernels.entropy_covariance.public import IMPLEMENTATIONS
+from tests.support import portable
 
 N, D, V = 6, 4, 300
-NAMES = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]
+NAMES = portable(IMPLEMENTATIONS)
 
 
 @functools.partial(jax.jit, static_argnames="name")

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.decode_attention import decode_attention, write_cache
 from kernels.decode_attention.public import IMPLEMENTATIONS
+from tests.support import portable
 
 # None, the default, is what the other tests run; what is compiled for one platform alone is in tests of its own.
-NAMES = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]
+NAMES = portable(IMPLEMENTATIONS)
 B, S, KV, H, HD, Q, PROMPT = 8, 12, 2, 6, 16, 4, 5
 
 

@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.grouped_matmul import combine, grouped_matmul, permute, route
 from kernels.grouped_matmul.public import IMPLEMENTATIONS
+from tests.support import portable
 
 # None, the default, is what the other tests run; what is compiled for one kind of chip has a file of its own beside this.
-NAMES = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]
+NAMES = portable(IMPLEMENTATIONS)
 M, K, N, E = 300, 7, 5, 6
 GROUPS = {
     "uneven": [10, 0, 129, 31, 97, 33],
