@@ -27,7 +27,7 @@ def compiled(function: Callable, *arguments: jax.Array) -> Peer:
 
 def _torch():
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError("torch is not installed") from error
     if not torch.cuda.is_available():
