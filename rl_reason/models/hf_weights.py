@@ -76,10 +76,10 @@ def _read_parameter(
 ) -> jax.Array:
     """One stacked parameter: each of its pieces is read once, if a device of this process wants any of it."""
 
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    def bounds(index: typing.Any) -> tuple[tuple[int, int], ...]:
         return tuple(own.indices(size)[:2] for own, size in zip(index, leaf.shape, strict=True))
 
-    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values() if index}
+    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
     blocks = {block: np.empty([stop - start for start, stop in block], leaf.dtype) for block in wanted}
     for piece in pieces:
         depth = len(piece.place)
