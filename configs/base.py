@@ -58,6 +58,9 @@ def get_config(arg: str = "") -> Config:
         scan_decode=False,
         remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
+    # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
+    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    config.weights = ""
     config.tokenizer = "embedded"  # or the path of a sentencepiece model
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
