@@ -173,6 +173,7 @@ def get_config(arg: str = "") -> Config:
         b1=0.9,
         b2=0.99,
         eps=1e-8,
+        mu_dtype=config_dict.placeholder(str),  # of first moments, "bfloat16" halves them; None: as the updates, fp32
         grad_clip=1.0,
         skip_above_norm=0.0,  # updates whose gradient norm, before clipping, is larger are skipped and counted; 0: none
         frozen=(),  # parameters that do not learn after the warm-up, by patterns of their paths, as ("router",)

@@ -19,7 +19,9 @@ from rl_reason.batch import BatchPlan
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import cohort, pair_parts, token_reward, waiting
+from rl_reason.loop.optimizer import init_optimizer
 from rl_reason.loop.pair_parts import PairParts
+from rl_reason.loop.partition import split
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.loop.waiting import PromptWidths
@@ -152,7 +154,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     )
     supervised = dataclasses.replace(
         parts,
-        optimizer=adamw({**o, "weight_decay": w.weight_decay, "frozen": ()}, warm_schedule),
+        optimizer=adamw({**o, "weight_decay": w.weight_decay}, warm_schedule),
         schedule=warm_schedule,
         frozen=(),
         skip_above_norm=0.0,
@@ -280,15 +282,27 @@ def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
 
 
 def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer), and what is frozen."""
-    spared = ("norm", *o["frozen"])
+    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer).
+
+    Raises:
+        ValueError: first moments in a type that is no float.
+    """
+    mu_dtype = o["mu_dtype"]
+    if mu_dtype not in (None, "bfloat16", "float32"):
+        raise ValueError(
+            f"config.optimizer.mu_dtype={mu_dtype!r}; there are None (as the updates), bfloat16, float32."
+        )
 
     def decays(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not sharding.path_matches(path, spared), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not sharding.path_matches(path, ("norm", "bias")), params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(o["grad_clip"]),
-        optax.adamw(schedule, b1=o["b1"], b2=o["b2"], eps=o["eps"], weight_decay=o["weight_decay"], mask=decays),
+        optax.adamw(
+            schedule, o["b1"], o["b2"], o["eps"], mu_dtype=mu_dtype, weight_decay=o["weight_decay"], mask=decays
+        ),
     )
 
 
@@ -332,7 +346,7 @@ def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=parts.optimizer.init(params),
+        opt_state=init_optimizer(parts.optimizer, split(params, parts.frozen)[0]),
         key=jax.random.key(seed),
         ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
         models=_new_models(parts, params, seed),

@@ -136,7 +136,7 @@ def test_schedules_by_hand():
 
 
 def test_weight_decay_spares_norms():
-    options = dict(grad_clip=1.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.5, frozen=())
+    options = dict(grad_clip=1.0, b1=0.9, b2=0.99, eps=1e-8, mu_dtype=None, weight_decay=0.5)
     optimizer = build.adamw(options, lambda _: 0.1)
     params = {"embed": jnp.ones((2, 2)), "layers": {"mlp_norm": {"scale": jnp.ones((1, 2))}}}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
