@@ -194,6 +194,15 @@ def get_config(arg: str = "") -> Config:
         max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
     )
 
+    # Adapters that learn in place of the parameters, from the end of the warm-up on; rank 0: none. All kernels and alpha 32
+    # are those of thinkingmachines.ai/blog/lora, where the best rates are ten times those of full training.
+    config.lora = dict(
+        rank=0,
+        alpha=32.0,  # W + alpha / rank A B
+        targets=("attention", "mlp"),  # patterns of the kernels' paths, as "attention/(q|v)"
+        merge_to_sample=True,  # into the weights once a rollout; False: more exact, and slower at every token
+    )
+
     config.evaluation = dict(
         num_prompts=256,
         num_samples=4,

@@ -182,7 +182,7 @@ def make_chunk(parts: Parts, setting: PreferenceSetting) -> Callable:
     """(state, batches [K M T]) -> (state, stacked metrics): K optimizer steps as one scan."""
 
     def step(state: TrainState, pairs: Pairs):
-        pairs = with_reference(parts, setting, state.ref_params, pairs)
+        pairs = with_reference(parts, setting, parts.reference(state), pairs)
         loss, metrics, grads = loss_and_gradient(parts, setting, state.params, pairs)
         state, applied = apply_gradient(parts, state, loss, grads)
         state = dataclasses.replace(state, step=state.step + 1)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason.models import rope
 from rl_reason.models.attention import Attend, AttendRows, causal_attention
+from rl_reason.models.lora import Dense
 from rl_reason.models.moe import MixtureOfExperts, RouterStatistics
 from rl_reason.models.rope import RopeScaling
 from rl_reason.sharding import ROWS, constrain
@@ -138,7 +139,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, attend: Attend):
         c = self.config
-        dense = functools.partial(nn.DenseGeneral, dtype=c.dtype, param_dtype=c.param_dtype)
+        dense = functools.partial(Dense, dtype=c.dtype, param_dtype=c.param_dtype)
         heads = lambda count, name: dense((count, c.head_dim), use_bias=c.qkv_bias, name=name)(x)
         q, k, v = heads(c.num_heads, "q"), heads(c.num_kv_heads, "k"), heads(c.num_kv_heads, "v")
         if c.qk_norm:
@@ -156,7 +157,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype)
+        dense = functools.partial(Dense, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype)
         hidden = ACTIVATIONS[c.activation](dense(c.mlp_size, name="gate")(x)) * dense(c.mlp_size, name="up")(x)
         return dense(c.hidden_size, name="down")(hidden)
 

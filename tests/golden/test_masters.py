@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rl_reason import build
+from rl_reason import build, learning
 from rl_reason.loop.optimizer import Masters, init_optimizer, optimizer_step
 from rl_reason.loop.update import apply_gradient, streamed
 from rl_reason.models.score import Scores
@@ -88,7 +88,7 @@ def test_a_bf16_model_takes_the_steps_of_its_fp32_masters():
     ends = []
     for dtype in ("bfloat16", "float32"):
         parts = dataclasses.replace(
-            tiny_parts("base", dict(num_layers=1, param_dtype=dtype)), optimizer=build.adamw(o, rate), schedule=rate
+            tiny_parts("base", dict(num_layers=1, param_dtype=dtype)), optimizer=learning.adamw(o, rate), schedule=rate
         )
         params = tiny_params(dataclasses.replace(parts.model, param_dtype="bfloat16"))
         state = build.new_state(parts, jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params), 0)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rl_reason import build
+from rl_reason import build, learning
 from rl_reason.loop.partition import split
 from rl_reason.loop.update import apply_gradient
 from rl_reason.sharding import path_name
@@ -72,7 +72,7 @@ def moved(before, after):
 def test_what_is_frozen_stays_decay_included():
     o = load_config("base").optimizer.to_dict() | dict(weight_decay=0.1)
     schedule = optax.constant_schedule(0.1)
-    state, run, unit = setting(frozen=FROZEN, optimizer=build.adamw(o, schedule), schedule=schedule)
+    state, run, unit = setting(frozen=FROZEN, optimizer=learning.adamw(o, schedule), schedule=schedule)
     after, _ = run(state, jnp.float32(0.0), unit)
     after, _ = run(after, jnp.float32(0.0), unit)
     change = moved(state.params, after.params)
