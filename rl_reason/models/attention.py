@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rl_reason.models import splash
+
 QUERY_BLOCK = 1024  # queries scored at a time in longer rows: scores are never [T, T] there
 
 
@@ -48,9 +50,21 @@ def causal_attention(
         seen = None if window is None else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
         return attend(q, k, v, scale=scale, local_window_size=seen), None
+    if isinstance(window, jax.Array) or splash.unfit(*q.shape[1:4:2]):
+        return _by_xla(q, k, v, segments, window, scale, soft_cap), None
+    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
+    how = dict(scale=scale, soft_cap=soft_cap)
+    return jax.lax.platform_dependent(
+        *(q, k, v, segments),
+        tpu=functools.partial(splash.attention, window=window, **how),
+        default=functools.partial(_by_xla, window=window, **how),
+    ), None
+
+
+def _by_xla(q, k, v, segments, window, scale, soft_cap):
     width = q.shape[1]
     if width <= QUERY_BLOCK:
-        return _attend(q, k, v, segments, 0, 0, window, scale, soft_cap), None
+        return _attend(q, k, v, segments, 0, 0, window, scale, soft_cap)
     # Blocks of queries, each against the columns that it can see, and computed again for the gradient.
     blocks = []
     for start in range(0, width, QUERY_BLOCK):
@@ -59,7 +73,7 @@ def causal_attention(
         block = jax.checkpoint(functools.partial(_attend, start=start, first=first, scale=scale, soft_cap=soft_cap))
         seen = None if segments is None else segments[:, :end]
         blocks.append(block(q[:, start:end], k[:, first:end], v[:, first:end], seen, window=window))
-    return jnp.concatenate(blocks, axis=1), None
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _attend(
