@@ -16,6 +16,7 @@ from rl_reason.drivers.reinforcement import Reinforcement
 from rl_reason.drivers.supervised import Supervised
 from rl_reason.interrupts import Interrupts
 from rl_reason.loop.engine import Advanced
+from rl_reason.models.hf_config import first_of
 from rl_reason.report.closing import print_summary
 from rl_reason.report.console import Display
 from rl_reason.report.files import to_json, write_atomic
@@ -69,12 +70,16 @@ def train(session: Session) -> Summary | None:
         policies = subjects.policies_of(experiment)
         if saved is None:
             params = subjects.joined(experiment, {n: _warm_up(session, own, n) for n, own in policies.items()})
+            if experiment.parts.lora is not None:
+                checkpoints.save_base(params)
             trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
-            # Only a template, as are the judges: the checkpoint fills both.
+            # Only a template, as are the judges, unless adapters learn: the checkpoint fills both.
             params = subjects.joined(experiment, {name: build.init_params(own) for name, own in policies.items()})
+            if experiment.parts.lora is not None:
+                params = checkpoints.restore_base(params)
             trained = {}
             before = _read_before(session)
         driver = make_driver(session, params if saved is None else None)
@@ -94,6 +99,7 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
     if not session.warmup_seconds:
         session.display.info(f"caches in {cache.cache_root()}")
     title, metrics_name = (f"warm-up of {name}", f"warmup_{name}") if name else ("warm-up", "warmup")
+    params = _initial(session, experiment, name)
     with session.display.phase(title, total) as phase, MetricsWriterOrNone(session, metrics_name) as writer:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -102,13 +108,32 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
             _stop_if_asked(session, f"at warm-up step {step} of {total}")
 
-        warm = warmup.warm_up(experiment, on_step)
+        warm = warmup.warm_up(experiment, params, on_step)
         if warm.cached:
             phase.update(total)
     if warm.cached:
         session.display.info(f"{title} weights read from the cache in {warm.seconds:.1f} s")
     session.warmup_seconds += warm.seconds
     return warm.params
+
+
+def _initial(session: Session, experiment: build.Experiment, name: str) -> PyTree:
+    """Random parameters, or a checkpoint's, with a word about what else it holds."""
+    folder = experiment.config.weights
+    if not folder:
+        return warmup.initial(experiment).params
+    with session.display.phase(f"weights of {name}" if name else "weights", unit="tensor") as phase:
+
+        def on_tensor(done: int, total: int) -> None:
+            phase.total = total
+            phase.update(done)
+
+        params, layout = warmup.initial(experiment, on_tensor)
+    assert layout is not None
+    for what, names in (("left in place", layout.towers), ("not used", layout.unused)):
+        if names:
+            session.display.info(f"{folder}: {len(names)} tensors {what}: {first_of(names)}")
+    return params
 
 
 def _make_judges(session: Session) -> dict[str, judges.Trained]:
@@ -212,7 +237,9 @@ class Training:
         self.driver.seek(extra["stream"])
         self.driver.prime(state)
         self.driver.seek(extra["stream"])
-        state, self.driver.pending = self.checkpoints.restore(saved, (state, self.driver.pending))
+        like = (self.driver.kept(state), self.driver.pending)
+        kept, self.driver.pending = self.checkpoints.restore(saved, like)
+        state = self.driver.around_base(kept, state)
         self.session.earlier_seconds = extra["wall_seconds"]
         if self.writer is not None and self.rollouts is not None:
             self.writer.truncate(rows=extra["metric_rows"])
@@ -256,7 +283,7 @@ class Training:
         extra = dict(
             stream=self.driver.position(), metric_rows=metric_rows, wall_seconds=self.session.wall_seconds, step=step
         )
-        self.checkpoints.save(step, (state, self.driver.pending), extra)
+        self.checkpoints.save(step, (self.driver.kept(state), self.driver.pending), extra)
         again = f"go on with --run={self.session.run.path} --resume"
         if broken:
             raise StoppedError(
