@@ -128,7 +128,7 @@ def token_ids(tokenizer: "Tokenizer") -> dict[str, int]:
 
 def tokenizer_files(config: "Config") -> dict[str, pathlib.Path | str]:
     """The files of the run's tokenizer, by the names that transformers looks for."""
-    from rl_reason.data.tokenizer import EMBEDDED
+    from rl_reason.data.sentencepiece_tokenizer import EMBEDDED
     from rl_reason.models import hf_export
 
     path = EMBEDDED if config.tokenizer == "embedded" else pathlib.Path(config.tokenizer)

@@ -9,7 +9,7 @@ import pytest
 from experiments import config_files, convert
 from rl_reason import build, warmup
 from rl_reason.checkpoint import Checkpoints
-from rl_reason.data.tokenizer import EMBEDDED, Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
 from rl_reason.models import hf_config, hf_export, hf_weights
 from rl_reason.models.hf_config import WeightsError
 from rl_reason.models.transformer import ModelConfig
@@ -20,7 +20,8 @@ from tests.unit.test_hf_weights import assert_same, params_of, tiny
 # The command line imports modules whose hints beartype would have spelled otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 HOW = dict(param_dtype="float32") | convert.HOW
-VOCAB = Tokenizer.load().vocab_size
+EMBEDDED_TOKENIZER = SentencePieceTokenizer.load()
+VOCAB = EMBEDDED_TOKENIZER.vocab_size
 
 
 def read(folder, **how):
@@ -61,7 +62,7 @@ def test_a_run_becomes_a_checkpoint(run, tmp_path, capsys):
     np.testing.assert_array_equal(got["unembed"], params["embed"].T)
     assert_same(got["layers"], params["layers"])
     assert (tmp_path / "out/tokenizer.model").read_bytes() == EMBEDDED.read_bytes()
-    ids = Tokenizer.load()
+    ids = EMBEDDED_TOKENIZER
     written = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert written["eos_token_id"] == ids.eos_id and written["pad_token_id"] == ids.pad_id
 
@@ -90,7 +91,7 @@ def test_there_and_back_through_orbax(checkpoint, tmp_path):
     assert (back / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     with pytest.raises(WeightsError, match=r"is of another model than this one, which has num_layers=2 \(there 3\)"):
         hf_weights.read(there, tiny("qwen3", vocab_size=VOCAB, num_layers=2))
-    (there / "params/_METADATA").unlink()
+    (there / "params/manifest.ocdbt").unlink()
     with pytest.raises(WeightsError, match=r"there/params cannot be read .*; convert it again"):
         hf_weights.read(there, model)
 
@@ -124,10 +125,10 @@ def settled(folder, **asked):
 def test_weights_settle_the_model(checkpoint):
     config = settled(checkpoint)
     model = tiny("qwen3", vocab_size=VOCAB)
-    assert build.model_config(config, Tokenizer.load()) == model
-    assert config.tokenizer == str(checkpoint / "tokenizer.model") and config.warmup.num_steps == 0
-    asked = settled(checkpoint, tokenizer="embedded", warmup__num_steps=6, model__num_layers=3, model__remat="full")
-    assert (asked.tokenizer, asked.warmup.num_steps, asked.model.remat) == ("embedded", 6, "full")
+    assert build.model_config(config, EMBEDDED_TOKENIZER) == model
+    assert build.load_tokenizer(config) == EMBEDDED_TOKENIZER and config.warmup.num_steps == 0
+    asked = settled(checkpoint, warmup__num_steps=6, model__num_layers=3, model__remat="full")
+    assert (asked.warmup.num_steps, asked.model.remat) == (6, "full")
     with pytest.raises(WeightsError, match=r"--config.model.num_layers=2: config.weights='.*' has 3; leave it out"):
         settled(checkpoint, model__num_layers=2)
     with pytest.raises(WeightsError, match=r"config.weights='nowhere': nowhere/config.json: no such file"):
@@ -167,7 +168,7 @@ def test_warm_ups_of_other_weights_are_others(checkpoint, tmp_path):
 
 def test_a_vocabulary_smaller_than_the_tokenizers(checkpoint, tmp_path):
     model = tiny("qwen3")
-    hf_export.write(tmp_path / "small", params_of(model), model, dtype="float32")
+    hf_export.write(tmp_path / "small", params_of(model), model, dtype="float32", files={"tokenizer.model": EMBEDDED})
     with pytest.raises(
         ValueError, match=f"config.model.vocab_size=32 is less than the {VOCAB} ids of config.tokenizer"
     ):
