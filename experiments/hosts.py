@@ -81,7 +81,7 @@ def joined(config: Config, aftermath: Aftermath) -> Iterator[None]:
         address = processes.join(by, _JOIN_TIMEOUT.value, lambda why: leave(f"error: {why}."))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    on_lost = lambda why: leave(f"error: {why}. This process stops too.", aftermath)
+    on_lost = lambda why: leave(f"error: {why.rstrip('.')}. This process stops too.", aftermath)
     watching, unwatched = watch.meet(on_lost, address, _PEER_TIMEOUT.value)
     if unwatched:
         print(f"warning: {unwatched}", file=sys.stderr)
@@ -90,7 +90,7 @@ def joined(config: Config, aftermath: Aftermath) -> Iterator[None]:
         yield
     except SystemExit as end:
         if isinstance(end.code, str):
-            _stop(watching, end.code, end.code)
+            _stop(watching, end.code.removeprefix("error: "), end.code)
         watching.done()  # all end together, having agreed to
         raise
     except BaseException as error:

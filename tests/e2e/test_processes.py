@@ -1,6 +1,5 @@
 """Two processes joined over the loopback interface are one run: same tokens, same weights, written once."""
 
-import contextlib
 import functools
 import signal
 
@@ -17,25 +16,6 @@ DOUBLE = ["--config.model.dtype=float64", "--config.model.param_dtype=float64"]
 def flags_of(mode: str, data: str) -> list[str]:
     mine = [harness.TINY] if mode == "graph" else [harness.FILES, data, f"--config.verify={mode}"]
     return [*mine, *SIZES, *DOUBLE]
-
-
-@contextlib.contextmanager
-def two_processes(*flags: str):
-    """Both processes of one run."""
-    address = f"127.0.0.1:{harness.free_port()}"
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                harness.running(
-                    *flags,
-                    "--distributed",
-                    env=harness.environment(
-                        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process_id)
-                    ),
-                )
-            )
-            for process_id in range(2)
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +51,7 @@ def assert_same_run(run, alone) -> None:
 @pytest.mark.parametrize("mode", ["callback", pytest.param("graph", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does(tmp_path, alone, data, mode):
     run = tmp_path / "run"
-    with two_processes(*flags_of(mode, data), f"--run={run}") as both:
+    with harness.together(2, *flags_of(mode, data), f"--run={run}") as both:
         first, second = (harness.finish(process) for process in both)
     assert first.code == 0 and second.code == 0, first.output + second.output
     assert f"[rl] done {STEPS}/{STEPS}" in first.output
@@ -83,7 +63,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, alone, data):
     """The second process alone hears SIGTERM; resumed, the run ends as if nothing had been."""
     run = tmp_path / "run"
     flags = [*flags_of("split", data), f"--run={run}"]
-    with two_processes(*flags) as both:
+    with harness.together(2, *flags) as both:
         assert harness.wait_for(lambda: harness.num_lines(run / "metrics.jsonl"), both[0])
         both[1].send_signal(signal.SIGTERM)
         first, second = (harness.finish(process) for process in both)
@@ -91,22 +71,34 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, alone, data):
     (step,) = harness.checkpoint_steps(run)
     assert 0 < step < STEPS
     assert f"stopped at step {step} of {STEPS}, saved" in first.output
-    with two_processes(*flags, "--resume") as both:
+    with harness.together(2, *flags, "--resume") as both:
         first, second = (harness.finish(process) for process in both)
     assert first.code == 0 and second.code == 0, first.output + second.output
     assert_same_run(run, alone("split"))
 
 
 def test_distributed_without_a_cluster_says_what_to_set(tmp_path):
-    for given in (
-        {},
-        {"JAX_PROCESS_ID": "1"},
-        dict.fromkeys(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), "x"),
+    run = lambda *flags, **given: harness.run(
+        harness.TINY, f"--run={tmp_path / 'run'}", *flags, env=harness.environment(**given)
+    )
+    address = f"127.0.0.1:{harness.free_port()}"
+    for done in (
+        run("--distributed"),
+        run("--distributed", JAX_PROCESS_ID="1"),
+        run("--coordinator=nowhere", "--num_processes=2", "--process_id=0"),
+        run("--process_id=2", JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2"),
     ):
-        done = harness.run(
-            harness.TINY, f"--run={tmp_path / 'run'}", "--distributed", env=harness.environment(**given)
-        )
         last = done.output.strip().splitlines()[-1]
         assert done.code == 1 and last.startswith("error: --distributed"), done.output
         assert "JAX_COORDINATOR_ADDRESS=HOST:PORT" in last and "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_whoever_is_not_there_in_time_is_named(tmp_path):
+    address = f"127.0.0.1:{harness.free_port()}"
+    by = [f"--coordinator={address}", "--num_processes=2", "--join_timeout_s=1"]
+    for number, why in ((0, "not all of the others have come"), (1, f"cannot reach process 0 at {address}")):
+        done = harness.run(harness.TINY, f"--run={tmp_path / 'run'}", *by, f"--process_id={number}")
+        assert done.code == 1 and f"error: process {number} of 2" in done.output and why in done.output, done.output
+        assert "Traceback" not in done.output and "Check failure" not in done.output
     assert not (tmp_path / "run").exists()
