@@ -38,13 +38,31 @@ def get_config(arg: str = "") -> Config:
         tie_embeddings=True,
         num_experts=0,  # 0: a dense SwiGLU
         experts_per_token=0,
+        activation="silu",  # of the feed-forward's gate; or "gelu_tanh"
+        qkv_bias=False,
+        qk_norm=True,  # RMSNorm on the queries and keys of each head
+        post_norms=False,  # RMSNorm on what attention and feed-forward give, too
+        norm_plus_one=False,  # norms multiply by 1 + their parameter
+        scale_embeddings=True,  # by sqrt(hidden_size)
+        query_scale=0.0,  # of scores; 0: head_dim^-0.5
+        attention_soft_cap=0.0,  # c tanh(score / c); 0: none
+        final_soft_cap=0.0,  # the same of logits
+        rope_scaling=config_dict.placeholder(object),  # dict(kind, factor, ...) for long rows, see models/rope.py
+        rope_theta_local=0.0,  # of layers with a window; 0: rope_theta
+        window=0,  # positions that a token sees, its own included; 0: all
+        full_every=0,  # with a window, each so-many-th layer sees all; 0: none does
+        max_position=0,  # the longest row the model is meant for, in tokens; 0: any
         dtype="float32",
         param_dtype="float32",
         scan_layers=False,
         scan_decode=False,
-        remat=False,
+        remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
-    config.tokenizer = "embedded"  # or the path of a sentencepiece model
+    # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
+    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    config.weights = ""
+    # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
+    config.tokenizer = "embedded"
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
@@ -63,7 +81,9 @@ def get_config(arg: str = "") -> Config:
         data_source_key="data_source",
         split_key="extra_info.split",
         demonstration_key=config_dict.placeholder(str),
-        chat="plain",
+        chat="plain",  # contents with a blank line between; "template": the checkpoint's; or a function, "module:function"
+        system_prompt="",  # of chats that bring none, with "template"
+        template_variables=config_dict.placeholder(object),  # as dict(enable_thinking=False), with "template"
         shuffle=True,
         on_bad_row="refuse",  # or "skip"
         on_long_prompt="refuse",

@@ -8,6 +8,7 @@ import sys
 import typing
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from configs.common import Config
 from experiments import config_files, hosts
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> None:
             f"error: unexpected {argv[1]!r}; write --name=value, and --config=FILE.py for the experiment."
         )
     config = config_files.checked(config_files.CONFIG.value)
+    try:
+        config = config_files.settled(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     config_files.prepare_host()
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"
@@ -45,6 +50,7 @@ def train(config: Config, aftermath: hosts.Aftermath) -> None:
     from rl_reason.compilation import CompileClock
     from rl_reason.data.stream import ExampleError
     from rl_reason.interrupts import Interrupts
+    from rl_reason.models.hf_config import WeightsError
     from rl_reason.pair_data import PairError
     from rl_reason.report.console import Display
     from rl_reason.report.rundir import RunError
@@ -73,7 +79,7 @@ def train(config: Config, aftermath: hosts.Aftermath) -> None:
         except train.StoppedError as stopped:
             display.warn(str(stopped))
             sys.exit(int(stopped.failed))
-        except (RunError, CheckpointError, ExampleError, PairError) as error:
+        except (RunError, CheckpointError, ExampleError, PairError, WeightsError) as error:
             raise SystemExit(f"error: {error}") from error
 
 

@@ -9,7 +9,9 @@ from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.models.transformer import ModelConfig
 from rl_reason.tasks.answer_ids import RULES
+from rl_reason.tasks.in_graph import WITNESS
 
 LOOPS = ("rl", "supervised", "preference", "cohort")
 VERIFY = ("graph", "callback", "split", "overlapped")
@@ -43,6 +45,20 @@ def run(config: Config) -> None:
                 f"config.warmup.{key}={config.warmup[key]} is no multiple of "
                 f"warmup.steps_per_call={config.warmup.steps_per_call}."
             )
+
+
+def positions(config: Config, model: ModelConfig) -> None:
+    """No row longer than the model is meant for: beyond, it would answer nonsense without a word."""
+    if config.loop == "supervised":
+        longest, keys = config.supervised.row_len_tokens, "config.supervised.row_len_tokens"
+    else:
+        longest = config.data.max_prompt_len_tokens + config.rollout.completion_len
+        keys = "config.data.max_prompt_len_tokens and config.rollout.completion_len together"
+    if model.max_position and longest > model.max_position:
+        raise ValueError(
+            f"{keys} are {longest} tokens, and config.model.max_position={model.max_position}: shorten them, or set "
+            "config.model.max_position=0 if the model does follow longer rows."
+        )
 
 
 def examples(config: Config, source: Source) -> None:
@@ -85,6 +101,17 @@ def lengths(config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> 
                 demonstration_tokens(tokenizer, example, data.max_demonstration_len_tokens)
             if example.reference is not None and (config.verify == "graph" or data.references):
                 reference_tokens(tokenizer, example, data.max_reference_len_tokens)
+
+
+def witnesses(config: Config, tokenizer: Tokenizer, source: Source) -> None:
+    """Tasks with several right answers are verified in graph by reading the prompt, so nothing may stand before it."""
+    reads = sorted(set(source.names) & set(WITNESS))
+    if reads and tokenizer.decode(tokenizer.prompt("x")) != "x":
+        raise ValueError(
+            f"config.verify='graph' reads the prompts of {', '.join(reads)} from their first byte, and with "
+            f"config.tokenizer={config.tokenizer!r} and data.chat={config.data.chat!r} a prompt begins otherwise; set "
+            "config.verify='callback' or 'split'."
+        )
 
 
 def regularisers(given: Mapping[str, typing.Any]) -> None:

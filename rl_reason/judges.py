@@ -236,7 +236,7 @@ def arrays(experiment: build.Experiment, examples: list[Example], candidates: Se
     """Numpy arrays in the widths that the run's rollouts have; a candidate that is too long did not finish."""
     tokenizer, data = experiment.tokenizer, experiment.config.data
     width = experiment.parts.rollout.completion_len
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(example.prompt)] for example in examples]
+    prompts = [tokenizer.prompt(example.asked) for example in examples]
     references = [tokenizer.encode(example.reference or "") for example in examples]
     written = [tokenizer.encode(x.text) + [tokenizer.eos_id] * x.finished for x in candidates]
     written = [ids[:width] for ids in written]

@@ -18,6 +18,7 @@ from rl_reason.batch import BatchPlan
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.waiting import PromptWidths
 from rl_reason.models import transformer
+from rl_reason.models.rope import RopeScaling
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sharding import path_name
@@ -100,16 +101,44 @@ def tiny_model(**changes: typing.Any) -> ModelConfig:
         tie_embeddings=True,
         num_experts=0,
         experts_per_token=0,
+        activation="silu",
+        qkv_bias=False,
+        qk_norm=True,
+        post_norms=False,
+        norm_plus_one=False,
+        scale_embeddings=True,
+        query_scale=0.0,
+        attention_soft_cap=0.0,
+        final_soft_cap=0.0,
+        rope_scaling=None,
+        rope_theta_local=0.0,
+        window=0,
+        full_every=0,
+        max_position=0,
         dtype="float32",
         param_dtype="float32",
         scan_layers=False,
         scan_decode=False,
-        remat=False,
+        remat="none",
     )
     return dataclasses.replace(model, **changes)
 
 
 MOE: dict[str, typing.Any] = dict(num_experts=4, experts_per_token=2)
+# All that parts Gemma 2 and 3 from Qwen3, and a bias: the second layer sees all, the first three tokens.
+GEMMA: dict[str, typing.Any] = dict(
+    activation="gelu_tanh",
+    qkv_bias=True,
+    post_norms=True,
+    norm_plus_one=True,
+    query_scale=0.4,
+    attention_soft_cap=2.0,
+    final_soft_cap=3.0,
+    rope_scaling=RopeScaling("linear", 4.0),
+    rope_theta_local=100.0,
+    window=3,
+    full_every=2,
+)
 FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 
 
