@@ -77,6 +77,29 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, alone, data):
     assert_same_run(run, alone("split"))
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(alone):
+    """The same samples and verdicts, of which each process asks for its share; the environment says how to join."""
+    run = alone("callback")
+    flags = [f"--run={run}", "--num_prompts=3", "--num_samples=3"]
+    harness.succeed(*flags, "--name=one", module="experiments.evaluate")
+    by = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{harness.free_port()}", JAX_NUM_PROCESSES="2")
+    start = lambda number: harness.running(
+        *flags,
+        "--name=two",
+        "--distributed",
+        module="experiments.evaluate",
+        env=harness.environment(**by, JAX_PROCESS_ID=str(number)),
+    )
+    with start(0) as first, start(1) as second:
+        done = harness.finish(first), harness.finish(second)
+    assert [x.code for x in done] == [0, 0], done
+    assert "pass@1" in done[0].output and "pass@1" not in done[1].output
+    completions = harness.lines(run / f"completions-{STEPS}-one.jsonl")
+    assert completions == harness.lines(run / f"completions-{STEPS}-two.jsonl")
+    assert len(completions) == 9 and {row["score"] for row in completions} == {0.0, 1.0}
+
+
 def test_distributed_without_a_cluster_says_what_to_set(tmp_path):
     run = lambda *flags, **given: harness.run(
         harness.TINY, f"--run={tmp_path / 'run'}", *flags, env=harness.environment(**given)
