@@ -58,6 +58,9 @@ def get_config(arg: str = "") -> Config:
         scan_decode=False,
         remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
+    # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
+    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    config.weights = ""
     # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
     config.tokenizer = "embedded"
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.

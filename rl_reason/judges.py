@@ -107,7 +107,7 @@ def train(experiment: build.Experiment, name: str, params: PyTree, on_step: Call
         ]
         stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
         carry, losses = chunk(carry, processes.global_put(stacked, experiment.mesh, P()))
-        on_step(done + own["steps_per_call"], float(losses[-1]))
+        on_step(done + own["steps_per_call"], float(processes.to_host(losses)[-1]))
     return carry[0]
 
 

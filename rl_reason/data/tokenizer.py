@@ -3,9 +3,9 @@
 import pathlib
 
 from rl_reason.data.chat import ChatSettings
-from rl_reason.data.hf_files import MODEL
 from rl_reason.data.hf_tokenizer import HFTokenizer
 from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
+from rl_reason.data.tokenizer_files import MODEL
 
 Tokenizer = SentencePieceTokenizer | HFTokenizer
 
