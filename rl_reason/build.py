@@ -115,7 +115,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
     rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
-    adapters, frozen = learning.adapters(config.lora, model), learning.frozen(config.optimizer.frozen, model)
+    adapters, frozen = learning.adapters(config.lora.to_dict(), model), learning.frozen(config.optimizer.frozen, model)
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.in_rounds:
         raise ValueError(

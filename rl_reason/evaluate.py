@@ -52,7 +52,7 @@ def setup_of(config: build.Config, devices: list | None = None) -> Setup:
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = build.load_tokenizer(config)
     model = build.model_config(config, tokenizer)
-    return Setup(config, mesh, tokenizer, model, learning.adapters(config.lora, model))
+    return Setup(config, mesh, tokenizer, model, learning.adapters(config.lora.to_dict(), model))
 
 
 @dataclasses.dataclass(frozen=True)

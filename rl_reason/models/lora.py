@@ -37,16 +37,13 @@ class Lora:
             raise ValueError(f"config.lora: rank={self.rank} must be at least 1 and alpha={self.alpha} above 0.")
 
 
-class Dense(nn.DenseGeneral):
-    """A linear map with the adapters that its parameters hold."""
-
-    @nn.compact
-    def __call__(self, inputs):
-        out = super().__call__(inputs)
-        if not self.has_variable("params", "lora_a"):
-            return out
-        a, b, scale = (self.get_variable("params", name).astype(out.dtype) for name in LEAVES)
-        return out + scale * jnp.tensordot(jnp.tensordot(inputs.astype(out.dtype), a, a.ndim - 1), b, 1)
+def linear(module: nn.Module, x: Array) -> Array:
+    """What a linear layer makes of ``x``, with the adapters that its parameters hold."""
+    out = module(x)
+    if not module.has_variable("params", "lora_a"):
+        return out
+    a, b, scale = (module.get_variable("params", name).astype(out.dtype) for name in LEAVES)
+    return out + scale * jnp.tensordot(jnp.tensordot(x.astype(out.dtype), a, a.ndim - 1), b, 1)
 
 
 def add(key: Key[Array, ""], params: PyTree, config: Lora) -> PyTree:
