@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> Config:
     config.tokenizer = "embedded"  # or the path of a sentencepiece model
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
+    config.topology = ""  # the TPU slice that it is meant for, as "v5p:4x4x4"; experiments.compile checks that it fits
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
 
     config.data = dict(

@@ -313,7 +313,7 @@ def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
     Raises:
         ValueError: with the parameters there are.
     """
-    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    shapes = param_shapes(model)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     for pattern in patterns:
         if not any(sharding.path_matches(path, [pattern]) for path in paths):
@@ -375,9 +375,14 @@ def _stats(parts: Parts) -> dict[str, typing.Any]:
     return stats
 
 
+def param_shapes(model: ModelConfig) -> PyTree:
+    """A model's parameters, described."""
+    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+
+
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     """Where each part of the state lives: parameters by the table, moments and references like them, the rest everywhere."""
-    params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
+    params = param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
     return sharding.like_params(state, params, mesh)
 
