@@ -38,11 +38,25 @@ def get_config(arg: str = "") -> Config:
         tie_embeddings=True,
         num_experts=0,  # 0: a dense SwiGLU
         experts_per_token=0,
+        activation="silu",  # of the feed-forward's gate; or "gelu_tanh"
+        qkv_bias=False,
+        qk_norm=True,  # RMSNorm on the queries and keys of each head
+        post_norms=False,  # RMSNorm on what attention and feed-forward give, too
+        norm_plus_one=False,  # norms multiply by 1 + their parameter
+        scale_embeddings=True,  # by sqrt(hidden_size)
+        query_scale=0.0,  # of scores; 0: head_dim^-0.5
+        attention_soft_cap=0.0,  # c tanh(score / c); 0: none
+        final_soft_cap=0.0,  # the same of logits
+        rope_scaling=config_dict.placeholder(object),  # dict(kind, factor, ...) for long rows, see models/rope.py
+        rope_theta_local=0.0,  # of layers with a window; 0: rope_theta
+        window=0,  # positions that a token sees, its own included; 0: all
+        full_every=0,  # with a window, each so-many-th layer sees all; 0: none does
+        max_position=0,  # the longest row the model is meant for, in tokens; 0: any
         dtype="float32",
         param_dtype="float32",
         scan_layers=False,
         scan_decode=False,
-        remat=False,
+        remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
     config.tokenizer = "embedded"  # or the path of a sentencepiece model
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.

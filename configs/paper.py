@@ -35,7 +35,7 @@ DAPO_ADAMW: Values = dict(learning_rate=1e-6, warmup_steps=10, decay="constant",
 def model(config: Config, name: str) -> None:
     """A published model's shapes and tokenizer, cut over all devices, in bfloat16 with weights in float32."""
     config.model.update(
-        MODELS[name], dtype="bfloat16", param_dtype="float32", scan_layers=True, scan_decode=True, remat=True
+        MODELS[name], dtype="bfloat16", param_dtype="float32", scan_layers=True, scan_decode=True, remat="full"
     )
     config.tokenizer = f"checkpoints/{name}"
     config.warmup.update(tasks=(), levels=(), num_steps=0)

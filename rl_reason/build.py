@@ -105,6 +105,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     warm = [] if config.data.files else [warmup_source(config, tokenizer)]
     checks.lengths(config, tokenizer, [train, heldout, *warm])
     model = model_config(config, tokenizer)
+    checks.positions(config, model)
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
     rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
@@ -237,7 +238,7 @@ def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
             f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} ids of "
             f"config.tokenizer={config.tokenizer!r}; 0 takes the tokenizer's."
         )
-    return ModelConfig(vocab_size=vocab_size, **shapes)
+    return ModelConfig.of(dict(shapes, vocab_size=vocab_size))
 
 
 def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size: int, num_slots: int) -> RolloutConfig:
@@ -281,7 +282,7 @@ def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
 
 def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTransformation:
     """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer), and what is frozen."""
-    spared = ("norm", *o["frozen"])
+    spared = ("norm", "bias$", *o["frozen"])
 
     def decays(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, _: not sharding.path_matches(path, spared), params)

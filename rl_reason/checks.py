@@ -9,6 +9,7 @@ from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
 from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.models.transformer import ModelConfig
 from rl_reason.tasks.answer_ids import RULES
 
 LOOPS = ("rl", "supervised", "preference", "cohort")
@@ -43,6 +44,20 @@ def run(config: Config) -> None:
                 f"config.warmup.{key}={config.warmup[key]} is no multiple of "
                 f"warmup.steps_per_call={config.warmup.steps_per_call}."
             )
+
+
+def positions(config: Config, model: ModelConfig) -> None:
+    """No row longer than the model is meant for: beyond, it would answer nonsense without a word."""
+    if config.loop == "supervised":
+        longest, keys = config.supervised.row_len_tokens, "config.supervised.row_len_tokens"
+    else:
+        longest = config.data.max_prompt_len_tokens + config.rollout.completion_len
+        keys = "config.data.max_prompt_len_tokens and config.rollout.completion_len together"
+    if model.max_position and longest > model.max_position:
+        raise ValueError(
+            f"{keys} are {longest} tokens, and config.model.max_position={model.max_position}: shorten them, or set "
+            "config.model.max_position=0 if the model does follow longer rows."
+        )
 
 
 def examples(config: Config, source: Source) -> None:

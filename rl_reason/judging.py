@@ -106,9 +106,7 @@ class Verifier(Reader):
 
     def logits(self, params: PyTree, cases: Cases) -> Float[Array, "N V"]:
         """Of its one token, in fp32 or wider."""
-        hidden = self.read(params, cases)
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return hidden.astype(wide) @ transformer.unembedding(params, self.model).astype(wide)
+        return transformer.logits(self.read(params, cases), transformer.unembedding(params, self.model), self.model)
 
     def __call__(self, params: PyTree, cases: Cases) -> Int[Array, " N"]:
         """0 for A, 1 for B, 2 for C; -1 for any other token, which nobody can read."""
@@ -162,7 +160,7 @@ def described(
         if own["num_steps"] % max(own["steps_per_call"], 1):
             raise ValueError(f"config.models.{name}: num_steps is no multiple of steps_per_call.")
         dense = dataclasses.asdict(policy) | dict(num_experts=0, experts_per_token=0)
-        shapes = ModelConfig(**{**dense, **own["model"]})
+        shapes = ModelConfig.of({**dense, **own["model"]})
         separator_id, ask_id = (_one_id(text, tokenizer) for text in (SEPARATOR, ASK))
         if name == "preference":
             judges[name] = Preference(shapes, separator_id, ask_id, tokenizer.pad_id)

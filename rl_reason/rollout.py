@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from kernels.decode_attention import decode_attention, write_cache
 from rl_reason import sampling as sampling_lib
-from rl_reason.models import transformer
+from rl_reason.models import rope, transformer
 from rl_reason.models.attention import keep_keys_values
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sampling import Sampling
@@ -111,7 +111,10 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
 
 
 def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
-    """Applies all layers to one token a slot, reading and writing the cache in place. Gives the experts [M L K] last."""
+    """Applies all layers to one token a slot, reading and writing the cache in place. Gives the experts [M L K] last.
+
+    ``attend_with(q, k, v, cache, prompt_cache, layer, windowed)``.
+    """
     valid = jnp.ones(x.shape[:1], bool)
 
     def block(layer_params, x, attend):
@@ -120,20 +123,22 @@ def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelCon
         return x, cache, experts
 
     if config.scan_decode:
+        mixed = len(set(config.windowed)) > 1
 
         def body(carry, layer_params):
             x, cache, index = carry
-            attend = lambda q, k, v: attend_with(q, k, v, cache, prompt_cache, index)
+            windowed = jnp.array(config.windowed)[index] if mixed else config.windowed[0]
+            attend = lambda q, k, v: attend_with(q, k, v, cache, prompt_cache, index, windowed)
             x, new, experts = block(layer_params, x, attend)
             return (x, new, index + 1), experts
 
         (x, cache, _), experts = jax.lax.scan(body, (x, cache, jnp.int32(0)), params["layers"])
         return x, cache, None if experts is None else jnp.moveaxis(experts, 0, 1)
     new, chosen = [], []
-    for layer_params, layer_cache, layer_prompt in zip(params["layers"], cache, prompt_cache, strict=True):
-        attend = lambda q, k, v, c=layer_cache, p=layer_prompt: attend_with(q, k, v, c, p, None)
-        x, layer_cache, experts = block(layer_params, x, attend)
-        new.append(layer_cache)
+    for layer_params, own, prompt, kind in zip(params["layers"], cache, prompt_cache, config.windowed, strict=True):
+        attend = lambda q, k, v, c=own, p=prompt, w=kind: attend_with(q, k, v, c, p, None, w)
+        x, own, experts = block(layer_params, x, attend)
+        new.append(own)
         chosen.append(experts)
     return x, new, jnp.stack(chosen, axis=1) if config.num_experts else None
 
@@ -185,7 +190,7 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
     shards, rows = queue.keys.shape
     head = transformer.unembedding(params, config)
     prompt_width = jax.tree.leaves(prompt_cache)[0].shape[-3]
-    turns = transformer.rotation(jnp.arange(prompt_width + rollout.completion_len), config)
+    turns = rope.rotations(jnp.arange(prompt_width + rollout.completion_len), config)
 
     def step(loop: _Loop, _) -> tuple[_Loop, None]:
         slots = loop.slots
@@ -197,10 +202,11 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         flat = lambda x: constrain_rows(x.reshape(shards * width, *x.shape[2:]))
         count = flat(slots.count)
         position = flat(prompt_len) - 1 + count
-        turn = jax.tree.map(lambda table: table[position], turns)
+        here = jax.tree.map(lambda table: table[position], turns)
 
-        def attend_with(q, k, v, cache, prompt_cache, index):
-            q, k = transformer.rotate(q, turn), transformer.rotate(k, turn)
+        def attend_with(q, k, v, cache, prompt_cache, index, windowed):
+            turn = rope.of_layer(here, windowed)
+            q, k = rope.rotate(q, turn), rope.rotate(k, turn)
             keys = write_cache(cache[0], k, count, layer=index)
             values = write_cache(cache[1], v, count, layer=index)
             out = decode_attention(
@@ -214,13 +220,14 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
                 prompt_index=flat(prompt),
                 num_shards=shards,
                 layer=index,
+                **config.attends(windowed),
             )
             return out, (keys, values)
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
         x, cache, experts = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
         experts = None if experts is None else experts.reshape(shards, width, *experts.shape[1:])
-        logits = transformer.final_norm(params, x, config) @ head
+        logits = transformer.logits(transformer.final_norm(params, x, config), head, config)
 
         keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)
         drawn = sampling_lib.sample(keys, logits, sampling)

@@ -21,6 +21,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"^embed$", P("tensor", "fsdp")),
     (r"^unembed$", P("fsdp", "tensor")),
     (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"layers/attention/(q|k|v)/bias$", P(None, "tensor", None)),
     (r"layers/attention/out/kernel$", P(None, "tensor", None, "fsdp")),
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),

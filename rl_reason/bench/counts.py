@@ -67,8 +67,11 @@ def forward_flops(config: ModelConfig, *, tokens: int, scored: int, context: int
 
     >>> model = ModelConfig(
     ...     vocab_size=5, num_layers=1, hidden_size=2, num_heads=1, num_kv_heads=1, head_dim=2, mlp_size=3,
-    ...     rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, num_experts=0, experts_per_token=0, dtype="float32",
-    ...     param_dtype="float32", scan_layers=False, scan_decode=False, remat=False)
+    ...     rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, num_experts=0, experts_per_token=0,
+    ...     activation="silu", qkv_bias=False, qk_norm=True, post_norms=False, norm_plus_one=False,
+    ...     scale_embeddings=True, query_scale=0.0, attention_soft_cap=0.0, final_soft_cap=0.0, rope_scaling=None,
+    ...     rope_theta_local=0.0, window=0, full_every=0, max_position=0,
+    ...     dtype="float32", param_dtype="float32", scan_layers=False, scan_decode=False, remat="none")
     >>> forward_flops(model, tokens=1, scored=1, context=1)  # 2 * (4 * 4 + 3 * 6) + 2 * 10 + 4 * 2
     96.0
     """

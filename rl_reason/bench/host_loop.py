@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from kernels.decode_attention import decode_attention, write_cache
 from rl_reason import rollout as rollout_lib
 from rl_reason import sampling as sampling_lib
-from rl_reason.models import transformer
+from rl_reason.models import rope, transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling
@@ -75,13 +75,16 @@ class HostLoop:
         rows = token.shape[0]
         of_row = jnp.repeat(jnp.arange(held.prompt_len.shape[0]), self._rollout.group_size)
         lengths = jnp.full((rows,), count + 1, jnp.int32)
-        turn = transformer.rotation(held.prompt_len[of_row] - 1 + count, config)
+        turns = rope.rotations(held.prompt_len[of_row] - 1 + count, config)
         x = constrain_rows(transformer.embed(params, token, config))
         new = []
-        for layer, own, prompt in zip(params["layers"], cache, held.prompt_cache, strict=True):
+        for layer, own, prompt, windowed in zip(
+            params["layers"], cache, held.prompt_cache, config.windowed, strict=True
+        ):
 
-            def attend(q, k, v, own=own, prompt=prompt):
-                q, k = transformer.rotate(q, turn), transformer.rotate(k, turn)
+            def attend(q, k, v, own=own, prompt=prompt, windowed=windowed):
+                turn = rope.of_layer(turns, windowed)
+                q, k = rope.rotate(q, turn), rope.rotate(k, turn)
                 keys, values = (write_cache(old, x, lengths - 1) for old, x in zip(own, (k, v), strict=True))
                 out = decode_attention(
                     q,
@@ -93,13 +96,15 @@ class HostLoop:
                     prompt_lens=held.prompt_len - 1,
                     prompt_index=of_row % (held.prompt_len.shape[0] // shards),
                     num_shards=shards,
+                    **config.attends(windowed),
                 )
                 return out, (keys, values)
 
             out: typing.Any = transformer.Block(config).apply({"params": layer}, x, attend, jnp.ones(rows, bool))
             x, kept, *_ = out
             new.append(kept)
-        logits = transformer.final_norm(params, x, config) @ transformer.unembedding(params, config)
+        hidden = transformer.final_norm(params, x, config)
+        logits = transformer.logits(hidden, transformer.unembedding(params, config), config)
         keys = jax.vmap(jax.random.fold_in, (0, None))(held.keys, count)
         return sampling_lib.sample(keys, logits, sampling), new
 

@@ -42,6 +42,7 @@ def negative_log_likelihood(
         transformer.unembedding(params, model),
         batch.tokens[:, 1:].reshape(-1),
         temperature=1.0,
+        soft_cap=model.final_soft_cap or None,
     )
     mask = batch.loss_mask[:, 1:].reshape(-1)
     loss = -masked_mean(statistics.logprob, mask)

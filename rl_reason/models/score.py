@@ -47,6 +47,7 @@ def score(
         transformer.unembedding(params, config),
         targets.reshape(-1),
         temperature=temperature,
+        soft_cap=config.final_soft_cap or None,
     )
     offset = jnp.clip(jnp.arange(width) - prompt_len[:, None], 0, completion_len - 1)
 

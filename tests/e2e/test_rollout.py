@@ -92,7 +92,7 @@ def test_fewer_slots_are_kept_busy():
     "model, changes",
     [
         (dict(scan_decode=True, scan_layers=True), dict(num_slots=4)),
-        (dict(remat=True), {}),
+        (dict(remat="full"), {}),
         ({}, dict(prefill_rows=2)),
         ({}, dict(num_shards=2, num_slots=4, prefill_rows=2)),
     ],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rl_reason import rollout as rollout_lib
+from rl_reason.models import rope, transformer
 from rl_reason.models import score as score_lib
-from rl_reason.models import transformer
 from rl_reason.models.attention import causal_attention
 from rl_reason.sampling import make_sampling
 from tests.support import COMPLETION_LEN, EOS, MOE, PAD, tiny_model, tiny_params, tiny_prompts, tiny_rollout
@@ -106,7 +106,7 @@ def test_scanned_layers_equal_unrolled_ones(kind):
     params = tiny_params(tiny_model(**kind))
     unrolled, scanned, remat = (
         forward(params, tokens, valid, tiny_model(**kind, **how))
-        for how in (dict(), dict(scan_layers=True), dict(remat=True))
+        for how in (dict(), dict(scan_layers=True), dict(remat="full"))
     )
     for other in (scanned, remat):
         assert jax.tree.structure(other) == jax.tree.structure(unrolled)
@@ -126,7 +126,7 @@ def test_the_future_is_not_seen(kind):
 
 def turned(x, position, head_dim):
     model = tiny_model(head_dim=head_dim, rope_theta=100.0)
-    return transformer.rotate(x[None, None], transformer.rotation(jnp.array([position]), model))[0, 0]
+    return rope.rotate(x[None, None], rope.rotations(jnp.array([position]), model).full)[0, 0]
 
 
 def test_rope_sees_differences_of_positions():

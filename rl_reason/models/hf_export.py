@@ -1,0 +1,155 @@
+"""Parameters as a folder that transformers, vLLM and we can read: safetensors, index, config.json, and what goes along."""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import shutil
+import typing
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import PyTree
+
+from rl_reason import processes
+from rl_reason.models import hf_config, hf_names
+from rl_reason.models.hf_config import CONFIG, WeightsError, read_json
+from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
+from rl_reason.models.hf_names import PREFIXES, Plan
+from rl_reason.models.hf_weights import OnTensor, check, shapes_of
+from rl_reason.models.transformer import ModelConfig
+from rl_reason.report.files import to_json
+
+# What goes along with weights: tokenizers, chat templates, processors, and code that config.json's auto_map names.
+COMPANIONS = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.py"),
+    *("chat_template*", "generation_config.json", "*processor*.json"),
+)
+
+
+class Export(typing.NamedTuple):
+    """All that will be written, known before any of it is."""
+
+    plan: Plan
+    config: dict[str, typing.Any]
+    sizes: dict[str, int]  # bytes of each tensor, in the order of writing
+    source: Checkpoint | None
+    towers: list[str]  # of the source, copied as they are
+
+
+def write(
+    folder: str | pathlib.Path,
+    params: PyTree,
+    model: ModelConfig,
+    *,
+    dtype: str,
+    like: str | pathlib.Path | None = None,
+    extra: Mapping[str, typing.Any] | None = None,
+    files: Mapping[str, pathlib.Path | str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: OnTensor = lambda done: None,
+) -> Export:
+    """Writes a checkpoint, whole or not at all. All processes call it together, and the first writes.
+
+    Args:
+        dtype: of the tensors.
+        like: the checkpoint that these weights began as; its config.json, tokenizer and towers go along.
+        extra: without ``like``, what config.json says that no shape tells, such as eos_token_id.
+        files: further files by name: paths to copy, or text.
+        on_tensor: hears how many tensors are done.
+
+    Raises:
+        WeightsError: something is in the way, ``like`` is of another model, or transformers has none like this one.
+    """
+    params, model = as_theirs(params, model)
+    export = prepare(model, dtype, like, extra or {})
+    tensors = _counted(_tensors(params, export, dtype), on_tensor)
+    if not processes.is_first():
+        for _ in tensors:
+            pass  # each is gathered by all
+        return export
+    with whole_or_absent(pathlib.Path(folder)) as unfinished:
+        write_tensors(unfinished, tensors, split(export.sizes, max_shard_bytes), sum(export.sizes.values()))
+        found = [] if like is None else itertools.chain(*(sorted(pathlib.Path(like).glob(p)) for p in COMPANIONS))
+        for name, content in ({path.name: path for path in found} | dict(files or {})).items():
+            if isinstance(content, str):
+                (unfinished / name).write_text(content)
+            else:
+                shutil.copyfile(content, unfinished / name)
+        # The last of all, because what has none is no checkpoint.
+        (unfinished / CONFIG).write_text(to_json(export.config, indent=2) + "\n")
+    return export
+
+
+def as_theirs(params: PyTree, model: ModelConfig) -> tuple[PyTree, ModelConfig]:
+    """The same function in words that transformers has: it scales embeddings in Gemma alone, so elsewhere sqrt(D) goes into
+    the table, and a head that was tied to it gets its own."""
+    if not model.scale_embeddings or model.post_norms:
+        return params, model
+    head = params["embed"].T if model.tie_embeddings else params["unembed"]
+    scaled = params["embed"] * np.asarray(model.hidden_size**0.5, params["embed"].dtype)
+    plain = dataclasses.replace(model, scale_embeddings=False, tie_embeddings=False)
+    return params | dict(embed=scaled, unembed=head), plain
+
+
+def prepare(
+    model: ModelConfig,
+    dtype: str,
+    like: str | pathlib.Path | None = None,
+    extra: Mapping[str, typing.Any] | None = None,
+) -> Export:
+    """Everything checked and counted, nothing written."""
+    if like is None:
+        source, towers, prefix = None, [], PREFIXES[-1]
+        config = hf_config.config_json(keys_of(model), **(extra or {}))
+    else:
+        source = Checkpoint(like)
+        layout = check(source, model)
+        towers, prefix, config = layout.towers, layout.prefix, _config_like(source.folder, model)
+    plan = hf_names.plan(shapes_of(model), model, prefix)
+    width = numpy_dtype(dtype).itemsize
+    sizes = {piece.name: math.prod(piece.shape) * width for _, piece in hf_names.in_order(plan)}
+    if source is not None:
+        sizes |= {name: source.num_bytes(name) for name in towers}
+    return Export(plan, _with_dtype(config, dtype), sizes, source, towers)
+
+
+def keys_of(model: ModelConfig) -> dict[str, typing.Any]:
+    """A model in the words of ``config.model``; of RoPE's scaling what its kind has."""
+    scaling = dataclasses.asdict(model)["rope_scaling"]
+    return vars(model) | dict(rope_scaling=scaling and {key: value for key, value in scaling.items() if value})
+
+
+def _config_like(folder: pathlib.Path, model: ModelConfig) -> dict[str, typing.Any]:
+    """The checkpoint's own config.json, if it describes this model."""
+    config = read_json(folder / CONFIG)
+    theirs, ours = hf_config.model_keys(config, str(folder / CONFIG)), keys_of(model)
+    if differing := [f"{key}={ours[key]!r} (there {value!r})" for key, value in theirs.items() if ours[key] != value]:
+        raise WeightsError(f"{folder / CONFIG} is of another model than this one, with {', '.join(differing)}.")
+    return config
+
+
+def _with_dtype(config: Mapping[str, typing.Any], dtype: str) -> dict[str, typing.Any]:
+    """4.5x says torch_dtype, 5.x dtype and reads both; beside towers the language model has its own."""
+    said = {"dtype" if "dtype" in config else "torch_dtype": dtype}
+    inner = {"text_config": _with_dtype(config["text_config"], dtype)} if "text_config" in config else {}
+    return dict(config) | said | inner
+
+
+def _tensors(params: PyTree, export: Export, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors by name in the order of ``export.sizes``; a layer of a parameter is on the host at a time."""
+    leaves = hf_names.by_path(params)
+    of_layer = lambda pair: (pair[0], pair[1].place[:1])
+    for (path, layer), pairs in itertools.groupby(hf_names.in_order(export.plan), of_layer):
+        whole = processes.to_host(leaves[path][layer] if layer else leaves[path])
+        for _, piece in pairs:
+            yield piece.name, piece.tensor.to_theirs(whole[piece.place[1:]]).astype(numpy_dtype(dtype), copy=False)
+    for name in export.towers:
+        assert export.source is not None
+        yield name, export.source.read(name)
+
+
+def _counted(tensors: Iterator[tuple[str, np.ndarray]], on_tensor: OnTensor) -> Iterator[tuple[str, np.ndarray]]:
+    for done, tensor in enumerate(tensors, start=1):
+        yield tensor
+        on_tensor(done)

@@ -1,0 +1,135 @@
+"""Hugging Face checkpoints, read straight into sharded arrays, tensor by tensor.
+
+Beside the parameters themselves this needs memory for one of them (stacked over layers) and one tensor. Every name and
+shape is checked against the model before a byte of data is read.
+"""
+
+import functools
+import pathlib
+import typing
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from rl_reason.models import hf_names, transformer
+from rl_reason.models.hf_config import CONFIG, WeightsError, first_of
+from rl_reason.models.hf_files import DTYPES, Checkpoint
+from rl_reason.models.hf_names import HEAD, HEADS, PREFIXES, Piece, Plan
+from rl_reason.models.transformer import ModelConfig
+
+COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints have it
+OnTensor = Callable[[int], None]  # hears how many tensors are done
+
+
+class Layout(typing.NamedTuple):
+    """Where a checkpoint has its language model, and what else: towers, and tensors that nobody uses."""
+
+    prefix: str
+    plan: Plan
+    towers: list[str]
+    unused: list[str]
+
+
+class Loaded(typing.NamedTuple):
+    """Parameters, and what their checkpoint has besides."""
+
+    params: PyTree
+    layout: Layout
+
+
+def read(
+    folder: str | pathlib.Path,
+    model: ModelConfig,
+    shardings: PyTree | None = None,
+    on_tensor: OnTensor = lambda done: None,
+) -> Loaded:
+    """A checkpoint's language model in the shapes, dtype and shardings (None: one device) of ours.
+
+    Raises:
+        WeightsError: a checkpoint of another model, or one that is not whole; names the file or tensor.
+    """
+    shapes = shapes_of(model)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+    leaves, places = hf_names.by_path(shapes), hf_names.by_path(shardings)
+    checkpoint = Checkpoint(folder)
+    layout = check(checkpoint, model)
+    arrays, done = {}, 0
+    # The largest first: its copy on the host is gone before the other arrays are there.
+    for path in sorted(leaves, key=lambda path: -leaves[path].size):
+        arrays[path] = _read_parameter(checkpoint, layout.plan[path], leaves[path], places[path])
+        done += len(layout.plan[path])
+        on_tensor(done)
+    return Loaded(jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in leaves]), layout)
+
+
+def shapes_of(model: ModelConfig) -> PyTree:
+    """The parameters' shapes and dtypes, without memory."""
+    return jax.eval_shape(functools.partial(transformer.init, config=model), jax.random.key(0))
+
+
+def _read_parameter(
+    checkpoint: Checkpoint, pieces: Sequence[Piece], leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """One stacked parameter: each of its pieces is read once, if a device of this process wants any of it."""
+
+    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(own.indices(size)[:2] for own, size in zip(index, leaf.shape, strict=True))
+
+    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values() if index}
+    blocks = {block: np.empty([stop - start for start, stop in block], leaf.dtype) for block in wanted}
+    for piece in pieces:
+        depth = len(piece.place)
+        takers = [block for block in blocks if all(a <= i < z for i, (a, z) in zip(piece.place, block, strict=False))]
+        if not takers:
+            continue
+        whole = piece.tensor.to_ours(checkpoint.read(piece.name, piece.part), leaf.shape[depth:])
+        for block in takers:
+            at = tuple(i - start for i, (start, _) in zip(piece.place, block, strict=False))
+            blocks[block][at] = whole[tuple(slice(*span) for span in block[depth:])]
+    array = jax.make_array_from_callback(leaf.shape, sharding, lambda index: blocks[bounds(index)])
+    return jax.block_until_ready(array)  # before the blocks of the next one are made
+
+
+def check(checkpoint: Checkpoint, model: ModelConfig) -> Layout:
+    """Every parameter has its tensors, of the right shape, and every tensor of the language model its parameter.
+
+    Raises:
+        WeightsError: with the first of what is missing, misshapen, quantised or left over.
+    """
+    names = set(checkpoint.names)
+    prefix = hf_names.prefix_of(names)
+    if prefix is None:
+        raise WeightsError(
+            f"{checkpoint.folder} has no embed_tokens.weight below any of {', '.join(PREFIXES)}; its first tensors are "
+            f"{', '.join(checkpoint.names[:3]) or 'none'}."
+        )
+    plan = hf_names.plan(shapes_of(model), model, prefix, hf_names.is_fused(names, prefix))
+    expected = {piece.name: piece.shape for pieces in plan.values() for piece in pieces}
+    if missing := [name for name in expected if name not in names]:
+        raise WeightsError(
+            f"{checkpoint.folder} lacks {first_of(missing)} of the {len(expected)} tensors that its {CONFIG} calls for; "
+            "fetch it again."
+        )
+    for name, shape in expected.items():
+        found, file = checkpoint.described(name), checkpoint.file_of(name)
+        if found.shape != shape:
+            raise WeightsError(
+                f"{file}: {name} is {list(found.shape)}, and {CONFIG} makes it {list(shape)}; are they of one model?"
+            )
+        if found.dtype not in DTYPES:
+            raise WeightsError(f"{file}: {name} is {found.dtype}; there are {', '.join(DTYPES)}, nothing quantised.")
+    head = HEADS.get(prefix, HEAD)
+    rest = sorted(names - set(expected))
+    unused = [name for name in rest if name.endswith(COMPUTED) or (model.tie_embeddings and name == head)]
+    # A language model alone has all there is; beside towers, what is below its prefix.
+    own = lambda name: prefix == PREFIXES[-1] or name.startswith((prefix, head))
+    if left := [name for name in rest if own(name) and name not in unused]:
+        raise WeightsError(
+            f"{checkpoint.file_of(left[0])} has {first_of(left)}, of which the model that {CONFIG} describes has no use; "
+            "are they of one model?"
+        )
+    return Layout(prefix, plan, [name for name in rest if not own(name)], unused)
