@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -51,7 +51,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def num_row_shards(mesh: Mesh) -> int:
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many pieces a batch's rows are cut."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 

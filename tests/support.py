@@ -18,6 +18,7 @@ from rl_reason.batch import BatchPlan
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.waiting import PromptWidths
 from rl_reason.models import transformer
+from rl_reason.models.rope import RopeScaling
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sharding import path_name
@@ -124,6 +125,20 @@ def tiny_model(**changes: typing.Any) -> ModelConfig:
 
 
 MOE: dict[str, typing.Any] = dict(num_experts=4, experts_per_token=2)
+# All that parts Gemma 2 and 3 from Qwen3, and a bias: the second layer sees all, the first three tokens.
+GEMMA: dict[str, typing.Any] = dict(
+    activation="gelu_tanh",
+    qkv_bias=True,
+    post_norms=True,
+    norm_plus_one=True,
+    query_scale=0.4,
+    attention_soft_cap=2.0,
+    final_soft_cap=3.0,
+    rope_scaling=RopeScaling("linear", 4.0),
+    rope_theta_local=100.0,
+    window=3,
+    full_every=2,
+)
 FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 
 

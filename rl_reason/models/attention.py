@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import dispatch
+from rl_reason.models import splash
 
 LONG_ROW = 1024  # tokens up to which a row's scores are made all at once
 SCORES_BYTES = 2**28  # of fp32 scores that a longer row has at a time; over heads, were none cut over devices
@@ -52,18 +53,29 @@ def causal_attention(
         seen = None if window is None else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
         return attend(q, k, v, scale=scale, local_window_size=seen), None
-    how = dict(window=window, scale=scale, soft_cap=soft_cap)
+    how = dict(scale=scale, soft_cap=soft_cap)
+    if isinstance(window, jax.Array) or splash.unfit(*q.shape[1:4:2]):
+        return _by_xla(q, k, v, segments, window=window, **how), None
+    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
+    return jax.lax.platform_dependent(
+        *(q, k, v, segments),
+        tpu=functools.partial(splash.attention, window=window, **how),
+        default=functools.partial(_by_xla, window=window, **how),
+    ), None
+
+
+def _by_xla(q, k, v, segments, **how):
     width = q.shape[1]
     if width <= LONG_ROW:
-        return _attend(q, k, v, segments, segments, jnp.arange(width), jnp.arange(width), **how), None
+        return _attend(q, k, v, segments, segments, jnp.arange(width), jnp.arange(width), **how)
     # Spans of queries, each against the columns up to its end: with four of them a fifth of the products is for nothing.
-    span = width if isinstance(window, int) else -(-width // SPANS)
+    span = width if isinstance(how["window"], int) else -(-width // SPANS)
     parts = []
     for start in range(0, width, span):
         end = min(start + span, width)
         seen = None if segments is None else segments[:, :end]
         parts.append(_in_blocks(q[:, start:end], k[:, :end], v[:, :end], seen, start, **how))
-    return jnp.concatenate(parts, axis=1), None
+    return jnp.concatenate(parts, axis=1)
 
 
 def _in_blocks(

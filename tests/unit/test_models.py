@@ -12,10 +12,10 @@ from rl_reason.models import rope, transformer
 from rl_reason.models import score as score_lib
 from rl_reason.models.attention import causal_attention
 from rl_reason.sampling import make_sampling
-from tests.support import COMPLETION_LEN, EOS, MOE, PAD, tiny_model, tiny_params, tiny_prompts, tiny_rollout
+from tests.support import COMPLETION_LEN, EOS, GEMMA, MOE, PAD, tiny_model, tiny_params, tiny_prompts, tiny_rollout
 
 TOLERANCE = dict(rtol=0, atol=1e-4)  # nats, fp32: decode and teacher-forced shapes round differently
-KINDS = [pytest.param({}, id="dense"), pytest.param(MOE, id="moe")]
+KINDS = [pytest.param({}, id="dense"), pytest.param(MOE, id="moe"), pytest.param(GEMMA, id="gemma")]
 forward = jax.jit(transformer.forward, static_argnums=3)
 score = jax.jit(score_lib.score, static_argnums=(5, 6))
 
@@ -24,7 +24,7 @@ score = jax.jit(score_lib.score, static_argnums=(5, 6))
 def logits_of(model):
     def run(params, tokens):
         hidden = transformer.forward(params, tokens, jnp.ones_like(tokens, bool), model).hidden
-        return hidden @ transformer.unembedding(params, model)
+        return transformer.logits(hidden, transformer.unembedding(params, model), model)
 
     return jax.jit(run)
 
@@ -147,6 +147,49 @@ def test_rope_by_hand():
     np.testing.assert_allclose(got, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], atol=1e-6)
 
 
+def test_rope_scalings_by_hand():
+    # theta 100, hd 4: frequencies 1 and 0.1, so 16 / (2 pi) = 2.546 and 0.2546 turns in 16 positions. Of llama3 with low 0.2
+    # and high 4: kept are (2.546 - 0.2) / 3.8 = 0.6174 of the first and 0.01437 of the second, the rest is divided by 2.
+    plain = rope.frequencies(100.0, 4)
+    np.testing.assert_allclose(plain, [1, 0.1])
+    np.testing.assert_allclose(rope.RopeScaling("linear", 8.0)(plain), [0.125, 0.0125])
+    llama3 = rope.RopeScaling("llama3", 2.0, 0.2, 4.0, 16)
+    np.testing.assert_allclose(llama3(plain), [(1 + 0.6174) / 2, 0.1 * (1 + 0.01437) / 2], rtol=1e-4)
+    # Beyond both: all turns kept, and none.
+    np.testing.assert_allclose(rope.RopeScaling("llama3", 2.0, 0.3, 2.0, 16)(plain), [1, 0.05])
+
+
+@pytest.mark.parametrize("scaling", [("yarn", 2.0), ("linear", 0.0), ("llama3", 8.0), ("linear", 8.0, 1.0, 4.0, 16)])
+def test_unknown_scalings_of_rope(scaling):
+    with pytest.raises(ValueError, match=r"model\.rope_scaling="):
+        rope.RopeScaling(*scaling)
+
+
+def test_norms_by_hand():
+    # rms of (3, 4) is sqrt(12.5); the parameter is 0.5, or 1 + 0.5.
+    x, weight = jnp.array([[3.0, 4.0]]), jnp.array([0.5, 0.5])
+    for plus_one in (False, True):
+        got = transformer.rms_norm(x, weight, tiny_model(norm_plus_one=plus_one, norm_eps=0.0))
+        np.testing.assert_allclose(got, (0.5 + plus_one) * np.array([[3, 4]]) / 12.5**0.5, rtol=1e-6)
+
+
+def test_windows_and_soft_caps():
+    # Against the definition: scores capped at 1.5, and the last two columns seen.
+    q, k, v = (jax.random.normal(key, (1, 5, 1, 4)) for key in jax.random.split(jax.random.key(1), 3))
+    scores = 1.5 * np.tanh(0.3 * np.einsum("nqhd,nshd->nhqs", q, k) / 1.5)
+    seen = np.tril(np.ones((5, 5), bool)) & ~np.tril(np.ones((5, 5), bool), -2)
+    weights = np.exp(scores) * seen / (np.exp(scores) * seen).sum(-1, keepdims=True)
+    for window in (2, jnp.int32(2)):
+        got, _ = causal_attention(q, k, v, scale=0.3, soft_cap=1.5, window=window)
+        np.testing.assert_allclose(got, np.einsum("nhqs,nshd->nqhd", weights, v), atol=1e-6)
+
+
+def test_which_layers_have_a_window():
+    assert tiny_model().windowed == (False, False)
+    assert tiny_model(window=3).windowed == (True, True)
+    assert tiny_model(window=3, full_every=3, num_layers=7).windowed == (True, True, False) * 2 + (True,)
+
+
 def test_grouped_query_attention_equals_repeated_heads():
     q, k, v = (
         jax.random.normal(key, (2, 5, heads, 4))
@@ -183,6 +226,9 @@ def test_parameter_counts():
         (dict(head_dim=5), r"head_dim=5 must be even"),
         (dict(num_experts=4, experts_per_token=5), r"experts_per_token=5 is not in 1\.\.4"),
         (dict(num_experts=4, experts_per_token=0), r"experts_per_token=0 is not in 1\.\.4"),
+        (dict(activation="relu"), r"activation='relu'; there are silu, gelu_tanh"),
+        (dict(remat="some"), r"remat='some'; there are none, full, dots, context"),
+        (dict(full_every=2), r"full_every=2 needs a model.window"),
     ],
 )
 def test_shapes_that_cannot_be(changes, says):
