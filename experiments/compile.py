@@ -19,7 +19,9 @@ from absl import app, flags
 from experiments import config_files
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, 'A slice, such as "v5p:4x4x4"; default: config.topology.')
-_SEARCH = flags.DEFINE_string("search", None, "A generation (v5e, v5p, v6e, tpu7x): find its smallest slice that fits.")
+_SEARCH = flags.DEFINE_string(
+    "search", None, "A generation (v5e, v5p, v6e, tpu7x): find its smallest slice that fits."
+)
 _OUT = flags.DEFINE_string("out", None, "A .jsonl file whose line for this config and slice is added or replaced.")
 _TABLE = flags.DEFINE_string("table", None, "Print the table of such a file, and compile nothing.")
 ENVIRONMENT = {  # for a TPU compiler without a TPU; none of it says for which slice

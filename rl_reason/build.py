@@ -382,10 +382,16 @@ def param_shapes(model: ModelConfig) -> PyTree:
 
 
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives: parameters by the table, moments and references like them, the rest everywhere."""
+    """Where each part of the state lives: parameters by the table, moments, references and judges like them, the rest
+    everywhere."""
     params = param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    return sharding.like_params(state, params, mesh)
+    judges = {
+        name: sharding.like_params(state.models[name], param_shapes(judge.model), mesh)
+        for name, judge in parts.judges.items()
+    }
+    placed = sharding.like_params(state, params, mesh)
+    return dataclasses.replace(placed, models=placed.models | judges)
 
 
 def init_params(experiment: Experiment) -> PyTree:

@@ -175,13 +175,14 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         row = jnp.where(where, slots.row, buffer.shape[1])
         return jax.vmap(lambda b, r, v: b.at[r].set(v, mode="drop"))(buffer, row, value)
 
+    recorded = written.expert_ids
     return _Written(
         tokens=put(written.tokens, token),
         rollout_logprobs=put(written.rollout_logprobs, full),
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None if written.expert_ids is None else put(written.expert_ids, experts),
+        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
     )
 
 
@@ -278,13 +279,14 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     )
     buffer = jnp.zeros((shards, rows, length), dtype)
     chosen = (shards, rows, length, config.num_layers, config.experts_per_token)
+    narrow = jnp.int8 if config.num_experts <= 128 else jnp.int16  # they are many: layers times top-k a token
     written = _Written(
         tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
         rollout_logprobs=buffer,
         sampled_logprobs=buffer,
         length=jnp.zeros((shards, rows), jnp.int32),
         truncated=jnp.zeros((shards, rows), bool),
-        expert_ids=jnp.zeros(chosen, jnp.int32) if rollout.record_experts else None,
+        expert_ids=jnp.zeros(chosen, narrow) if rollout.record_experts else None,
     )
     slots, written = constrain_rows((slots, written))
     return _Loop(slots, next_row, written, cache, jnp.int32(0))

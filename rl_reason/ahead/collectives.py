@@ -1,9 +1,9 @@
 """Collectives of a compiled program, counted in its text: kinds, bytes a device hands over, and how often.
 
-A collective counts as the larger of what it reads and what it gives on one device, in bytes. It counts as often as the
-loops around it turn. Compiled loops of known length compare a counter with a constant (``lax.scan``, and XLA's own loops that
-overlap products with permutes), and their bodies are multiplied. Of a loop whose end depends on data, one pass is counted:
-these stand apart, by how many such loops are around them.
+A collective counts as the larger of what it reads and what it gives on one device, in bytes, and as often as the loops
+around it turn. Compiled loops of known length compare a counter with a constant (``lax.scan``, and XLA's own loops that
+overlap products with permutes): their bodies are multiplied. Of a loop whose end depends on data one pass is counted; these
+stand apart, by how many such loops are around them.
 """
 
 import collections
@@ -16,10 +16,20 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _ALSO = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}  # the kind that each counts as
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # every other type has its bits in its name
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)=")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_THROUGH = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")  # what keeps a scalar's value
+_FLAG = re.compile(r"\bu32\[\]")
+_THROUGH = (
+    "copy",
+    "bitcast",
+    "convert",
+    "copy-start",
+    "copy-done",
+    "optimization-barrier",
+)  # what keeps a scalar's value
 
 
 class Traffic(typing.NamedTuple):
@@ -92,8 +102,8 @@ def _own(instruction: _Instruction, computation: Mapping[str, _Instruction]) -> 
         return {}
     reads = sum(num_bytes(computation[name].shape) for name in instruction.operands if name in computation)
     gives = num_bytes(instruction.shape)
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # its result lists the operands as well
-        gives -= reads
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # its result lists operands and flags as well
+        gives = num_bytes(_FLAG.sub("", instruction.shape)) - reads
     return {(kind, 0): float(max(reads, gives))}
 
 
@@ -115,9 +125,7 @@ def _callees(
             yield 1, name
 
 
-def _trips(
-    loop: _Instruction, condition: Mapping[str, _Instruction], body: Mapping[str, _Instruction]
-) -> int | None:
+def _trips(loop: _Instruction, condition: Mapping[str, _Instruction], body: Mapping[str, _Instruction]) -> int | None:
     """How often a loop turns: from 0, or the constant that it starts at, by the body's step to the condition's bound."""
     if counted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(counted[1])

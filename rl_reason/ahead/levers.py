@@ -40,9 +40,13 @@ def _of_state(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
     if experiment.parts.model.param_dtype == "float32":
         yield Lever("model.param_dtype='bfloat16'", state // 2, True)
     if model.num_experts and sizes["expert"] < model.num_experts and sizes["fsdp"] > 1:
-        yield Lever(f"mesh.expert={2 * sizes['expert']} in place of half of fsdp", need.parts["temporaries"] // 2, False)
+        yield Lever(
+            f"mesh.expert={2 * sizes['expert']} in place of half of fsdp", need.parts["temporaries"] // 2, False
+        )
     if model.num_kv_heads % (2 * sizes["tensor"]) == 0 and sizes["fsdp"] > 1:
-        yield Lever(f"mesh.tensor={2 * sizes['tensor']} in place of half of fsdp", need.parts["temporaries"] // 2, False)
+        yield Lever(
+            f"mesh.tensor={2 * sizes['tensor']} in place of half of fsdp", need.parts["temporaries"] // 2, False
+        )
 
 
 def _of_rollout(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
@@ -50,7 +54,10 @@ def _of_rollout(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
         return
     rollout, plan = experiment.parts.rollout, experiment.parts.plan
     shards = sharding.num_row_shards(experiment.mesh)
-    own, prompts = rollout.num_slots * rollout.completion_len, plan.generated_prompts * experiment.parts.prompt_widths.prompt
+    own, prompts = (
+        rollout.num_slots * rollout.completion_len,
+        plan.generated_prompts * experiment.parts.prompt_widths.prompt,
+    )
     cache = need.parts["KV cache"]
     if rollout.num_slots // 2 >= shards:
         yield Lever(f"rollout.num_slots={rollout.num_slots // 2}", cache * own // (own + prompts) // 2, True)

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import time
-import typing
 from collections.abc import Mapping
 
 import jax

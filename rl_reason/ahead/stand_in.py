@@ -7,6 +7,7 @@ other ids, and stop strings other tokens.
 import json
 import pathlib
 import typing
+from collections.abc import Sequence
 
 from configs.common import Config
 
@@ -22,7 +23,10 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
     config = config.copy_and_resolve_references()
     said: list[str] = []
     with config.unlocked():
-        for where, own in (("config", config), *((f"config.cohort.{name}", own) for name, own in config.cohort.items())):
+        for where, own in (
+            ("config", config),
+            *((f"config.cohort.{name}", own) for name, own in config.cohort.items()),
+        ):
             given = own.get("tokenizer", "embedded")
             if given != "embedded" and not pathlib.Path(given).exists():
                 own.tokenizer = "embedded"
@@ -32,7 +36,9 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
             column = config.data.demonstration_key or "worked"
             paths = [_write(folder / f"{split}.jsonl", _rows(number, column)) for number, split in enumerate(_SPLITS)]
             config.data.update(files=(paths[0],), heldout_files=(paths[1],), answer_key="answer")
-        if not all(pathlib.Path(path).exists() for path in (*config.preference.files, *config.preference.heldout_files)):
+        if not all(
+            pathlib.Path(path).exists() for path in (*config.preference.files, *config.preference.heldout_files)
+        ):
             said.append(f"config.preference.files={_short(config.preference.files)}: one pair")
             pair = dict(prompt="1+1=", chosen="2", rejected="3")
             config.preference.update(files=(_write(folder / "pairs.jsonl", [pair]),), heldout_files=())
@@ -60,5 +66,5 @@ def _write(path: pathlib.Path, rows: list[dict[str, typing.Any]]) -> str:
     return str(path)
 
 
-def _short(paths: typing.Sequence[str]) -> str:
+def _short(paths: Sequence[str]) -> str:
     return repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

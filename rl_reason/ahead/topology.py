@@ -29,11 +29,9 @@ class Generation:
 
 
 _FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_CUBES = tuple(
-    tuple(int(n) for n in name.split("x"))
-    for name in (
-        "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16 16x16x16"
-    ).split()
+_CUBES = (
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8)),
+    *((4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16), (8, 16, 16), (16, 16, 16)),
 )
 # The limits are what libtpu 0.0.42 says when it refuses a program: 15.75, 95.74, 31.25 and 94.75 GiB.
 GENERATIONS = {
@@ -63,7 +61,9 @@ class Slice:
         memory = f"{self.generation.hbm_bytes / GIB:.1f} GiB"
         devices = f" ({each} devices each)" if each > 1 else ""
         of = f"{each} x {memory}" if each > 1 else memory
-        return f"{self.name}: {self.chips} chips of {of}{devices} on {self.hosts} {'hosts' if self.hosts > 1 else 'host'}"
+        return (
+            f"{self.name}: {self.chips} chips of {of}{devices} on {self.hosts} {'hosts' if self.hosts > 1 else 'host'}"
+        )
 
 
 def parse(name: str) -> tuple[Generation, tuple[int, ...]]:
