@@ -58,7 +58,11 @@ def get_config(arg: str = "") -> Config:
         scan_decode=False,
         remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
-    config.tokenizer = "embedded"  # or the path of a sentencepiece model
+    # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
+    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    config.weights = ""
+    # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
+    config.tokenizer = "embedded"
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.topology = ""  # the TPU slice that it is meant for, as "v5p:4x4x4"; experiments.compile checks that it fits
@@ -78,7 +82,9 @@ def get_config(arg: str = "") -> Config:
         data_source_key="data_source",
         split_key="extra_info.split",
         demonstration_key=config_dict.placeholder(str),
-        chat="plain",
+        chat="plain",  # contents with a blank line between; "template": the checkpoint's; or a function, "module:function"
+        system_prompt="",  # of chats that bring none, with "template"
+        template_variables=config_dict.placeholder(object),  # as dict(enable_thinking=False), with "template"
         shuffle=True,
         on_bad_row="refuse",  # or "skip"
         on_long_prompt="refuse",

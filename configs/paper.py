@@ -37,7 +37,7 @@ def model(config: Config, name: str) -> None:
     config.model.update(
         MODELS[name], dtype="bfloat16", param_dtype="float32", scan_layers=True, scan_decode=True, remat="full"
     )
-    config.tokenizer = f"checkpoints/{name}"
+    config.weights = config.tokenizer = f"checkpoints/{name}"
     config.warmup.update(tasks=(), levels=(), num_steps=0)
     config.router.update(balance_coef=0.0)  # off in RL, as in xtuner's and slime's configs
     config.mesh.update(data=1, fsdp=-1)  # row shards must divide the prompts of a minibatch: guess 32 for most

@@ -70,7 +70,9 @@ def _paper(config: Config) -> None:
     # Their Llama is the instruct model, of the same shapes.
     names = ("glm-4-9b-chat", "internlm3-8b-instruct", "Llama-3.1-8B")
     others = {
-        name.split("-")[0].lower(): dict(seed=seed, tokenizer=f"checkpoints/{name}", model=MODELS[name])
+        name.split("-")[0].lower(): dict(
+            seed=seed, weights=f"checkpoints/{name}", tokenizer=f"checkpoints/{name}", model=MODELS[name]
+        )
         for seed, name in enumerate(names, start=2)
     }
     config.cohort = ml_collections.ConfigDict(dict(qwen=dict(seed=1), **others))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from rl_reason.data.tokenizer import EMBEDDED, SPACE, Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SPACE, SentencePieceTokenizer
 from rl_reason.tasks import TASKS
 from rl_reason.tasks.base import ANSWER_MARK, draw
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file; write nothing")
     options = parser.parse_args(arguments)
     built = build()
-    tokenizer = Tokenizer(built)
+    tokenizer = SentencePieceTokenizer(built)
     if not options.check:
         options.out.write_bytes(built)
     elif not options.out.exists() or options.out.read_bytes() != built:

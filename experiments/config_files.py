@@ -5,11 +5,14 @@ import logging as logging_format
 import os
 import pathlib
 import re
+import typing
+from collections.abc import Mapping
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from configs.common import Config
+from rl_reason.models import hf_config
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 HELPERS = ("__init__.py", "common.py", "models.py", "paper.py")
@@ -61,6 +64,51 @@ def checked(config: Config | None) -> Config:
     if config is None:
         raise SystemExit(f"error: say which experiment: --config=NAME.py. In configs/ there are: {', '.join(known())}")
     return config
+
+
+def settled(config: Config, asked: Mapping[str, typing.Any]) -> Config:
+    """The config with what its weights settle; ``asked`` are the command line's values, by dotted key.
+
+    A checkpoint's config.json is ``config.model``, its tokenizer is the config's and there is no warm-up, but where the
+    command line asks for another tokenizer or a warm-up.
+
+    Raises:
+        WeightsError: no checkpoint there, none that can be read, or a model that is asked for and is not its own.
+    """
+    if config.weights:
+        keys = _keys_of_weights(config.weights, "config.weights")
+        for key, value in keys.items():
+            if asked.get(f"model.{key}", value) != value:
+                raise hf_config.WeightsError(
+                    f"--config.model.{key}={asked[f'model.{key}']}: config.weights={config.weights!r} has {value}; leave it "
+                    "out."
+                )
+        config.model.update(keys)
+        if "tokenizer" not in asked and config.tokenizer == "embedded":
+            config.tokenizer = _tokenizer_of(pathlib.Path(config.weights)) or config.tokenizer
+        if "warmup.num_steps" not in asked:
+            config.warmup.num_steps = 0
+    for name, own in config.cohort.items():
+        if own.get("weights"):
+            keys = _keys_of_weights(own.weights, f"config.cohort.{name}.weights")
+            with own.unlocked():
+                own.model = {**own.get("model", {}), **keys}
+    return config
+
+
+def _keys_of_weights(folder: str, key: str) -> dict[str, typing.Any]:
+    file = pathlib.Path(folder) / hf_config.CONFIG
+    try:
+        return hf_config.model_keys(hf_config.read_json(file), str(file))
+    except hf_config.WeightsError as error:
+        raise hf_config.WeightsError(f"{key}={folder!r}: {error}") from None
+
+
+def _tokenizer_of(folder: pathlib.Path) -> str | None:
+    """What ``config.tokenizer`` is for a checkpoint's own: its folder, or its sentencepiece model."""
+    if (folder / "tokenizer.json").is_file():
+        return str(folder)
+    return str(folder / "tokenizer.model") if (folder / "tokenizer.model").is_file() else None
 
 
 def prepare_host() -> None:

@@ -1,7 +1,6 @@
 """From a config to everything a run is made of, with all of it checked before anything compiles."""
 
 import dataclasses
-import pathlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +15,9 @@ from configs.common import Config
 from rl_reason import aggregation, checks, judging, members, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
+from rl_reason.data import tokenizer as tokenizers
+from rl_reason.data.chat import ChatSettings
+from rl_reason.data.schema import TEMPLATE
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import cohort, pair_parts, token_reward, waiting
@@ -31,6 +33,14 @@ from rl_reason.tasks.in_graph import make_verifier
 from rl_reason.types import TrainState
 from rl_reason.verifier_pool import check_verifier
 
+NOT_OF_SOURCES = (  # keys of config.data that say how examples are made into tokens
+    "max_demonstration_len_tokens",
+    "max_reference_len_tokens",
+    "references",
+    "train_split",
+    "system_prompt",
+    "template_variables",
+)
 TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
 
 
@@ -99,6 +109,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     if config.verify == "graph":
         if config.data.tasks:
             make_verifier(train.names, tokenizer)  # refuses tasks without one, by name
+            checks.witnesses(config, tokenizer, train)
         else:
             raise ValueError("config.verify='graph' needs tasks; use 'callback', 'split' or 'overlapped' with files.")
     checks.examples(config, train)
@@ -189,27 +200,32 @@ def _prompt_widths(config: Config, plan: BatchPlan, judges: Mapping[str, judging
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names.
+    """The tokenizer that the config names, or that of the checkpoint whose weights it takes; its prompts are chats where
+    ``config.data.chat`` is 'template'.
 
     Raises:
-        ValueError: when there is no such file, or it is no tokenizer of ours.
+        ValueError: when there is none that can be read, or no template.
     """
-    if config.tokenizer == "embedded":
-        return Tokenizer.load()
-    if not pathlib.Path(config.tokenizer).is_file():
-        raise ValueError(
-            f"config.tokenizer={config.tokenizer!r}: no file there; give the path of a sentencepiece model with byte "
-            "pieces, or 'embedded'. The tokenizers of Hugging Face checkpoints cannot be read yet."
-        )
-    return Tokenizer.load(config.tokenizer)
+    data, chat = config.data, None
+    if data.chat == TEMPLATE:
+        chat = ChatSettings(data.system_prompt, dict(data.template_variables or {}))
+    elif data.system_prompt or data.template_variables:
+        raise ValueError("config.data.system_prompt and template_variables go with config.data.chat='template'.")
+    where = config.tokenizer
+    if where == "embedded" and config.get("weights", ""):
+        where = config.weights
+    try:
+        return tokenizers.load(where, chat)
+    except ValueError as error:
+        raise ValueError(f"config.tokenizer={config.tokenizer!r}: {error}") from error
 
 
 def make_source_of(config: Config, tokenizer: Tokenizer, split: str, num_examples: int = 0) -> Source:
     """The config's data of a split; of tasks the first ``num_examples``, or with 0 an endless supply."""
     data = config.data.to_dict() | dict(num_examples=num_examples)
-    for key in ("max_demonstration_len_tokens", "max_reference_len_tokens", "references", "train_split"):
+    for key in NOT_OF_SOURCES:
         data.pop(key)
-    return make_source(seed=config.seed, split=split, encode=tokenizer.encode, **data)
+    return make_source(seed=config.seed, split=split, prompt_ids=tokenizer.prompt, **data)
 
 
 def warmup_source(config: Config, tokenizer: Tokenizer) -> Source:
@@ -252,7 +268,10 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
         prefill_rows=r.prefill_rows,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        stop_sequences=tuple(tuple(tokenizer.encode(text)) for text in r.stop),
+        stop_sequences=(
+            *((token,) for token in tokenizer.stop_ids if token != tokenizer.eos_id),
+            *(tuple(tokenizer.encode(text)) for text in r.stop),
+        ),
         num_shards=sharding.num_row_shards(mesh),
     )
 

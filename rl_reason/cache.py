@@ -42,8 +42,13 @@ def fingerprint(values: dict[str, typing.Any], made_by: Sequence[str]) -> str:
 
 
 def read_or_make(place: pathlib.Path, like: PyTree, make: Callable[[], PyTree]) -> Kept:
-    """The tree at ``place``, in the shapes and shardings of ``like``; else what ``make`` gives, which is put there."""
-    if place.exists():
+    """The tree at ``place``, in the shapes and shardings of ``like``; else what ``make`` gives, which is put there.
+
+    Where processes do not share that directory, nothing is read or put there: each would hold a part only.
+    """
+    if processes.blind_to(place.parent):
+        return Kept(make(), False)
+    if processes.every_process(place.exists()):
         try:
             return Kept(checkpoint.restore_tree(place, like), True)
         except (ValueError, OSError, KeyError):

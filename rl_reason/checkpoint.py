@@ -9,6 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from rl_reason import processes
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or does not fit."""
@@ -57,8 +59,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The newest complete step."""
-        return self._manager.latest_step()
+        """The newest complete step that the first process sees."""
+        return int(processes.broadcast_text(str(self._manager.latest_step() or 0))) or None
 
     def steps(self) -> list[int]:
         """All complete steps."""

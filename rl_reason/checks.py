@@ -11,6 +11,7 @@ from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.tasks.answer_ids import RULES
+from rl_reason.tasks.in_graph import WITNESS
 
 LOOPS = ("rl", "supervised", "preference", "cohort")
 VERIFY = ("graph", "callback", "split", "overlapped")
@@ -100,6 +101,17 @@ def lengths(config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> 
                 demonstration_tokens(tokenizer, example, data.max_demonstration_len_tokens)
             if example.reference is not None and (config.verify == "graph" or data.references):
                 reference_tokens(tokenizer, example, data.max_reference_len_tokens)
+
+
+def witnesses(config: Config, tokenizer: Tokenizer, source: Source) -> None:
+    """Tasks with several right answers are verified in graph by reading the prompt, so nothing may stand before it."""
+    reads = sorted(set(source.names) & set(WITNESS))
+    if reads and tokenizer.decode(tokenizer.prompt("x")) != "x":
+        raise ValueError(
+            f"config.verify='graph' reads the prompts of {', '.join(reads)} from their first byte, and with "
+            f"config.tokenizer={config.tokenizer!r} and data.chat={config.data.chat!r} a prompt begins otherwise; set "
+            "config.verify='callback' or 'split'."
+        )
 
 
 def regularisers(given: Mapping[str, typing.Any]) -> None:

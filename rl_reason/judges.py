@@ -107,7 +107,7 @@ def train(experiment: build.Experiment, name: str, params: PyTree, on_step: Call
         ]
         stacked = jax.tree.map(lambda *x: np.stack(x), *drawn)
         carry, losses = chunk(carry, processes.global_put(stacked, experiment.mesh, P()))
-        on_step(done + own["steps_per_call"], float(losses[-1]))
+        on_step(done + own["steps_per_call"], float(processes.to_host(losses)[-1]))
     return carry[0]
 
 
@@ -236,7 +236,7 @@ def arrays(experiment: build.Experiment, examples: list[Example], candidates: Se
     """Numpy arrays in the widths that the run's rollouts have; a candidate that is too long did not finish."""
     tokenizer, data = experiment.tokenizer, experiment.config.data
     width = experiment.parts.rollout.completion_len
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(example.prompt)] for example in examples]
+    prompts = [tokenizer.prompt(example.asked) for example in examples]
     references = [tokenizer.encode(example.reference or "") for example in examples]
     written = [tokenizer.encode(x.text) + [tokenizer.eos_id] * x.finished for x in candidates]
     written = [ids[:width] for ids in written]

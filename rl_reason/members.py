@@ -10,7 +10,7 @@ from configs.common import Config
 from rl_reason.methods import rlccf
 from rl_reason.slots import Slot, did_you_mean
 
-MAY_DIFFER = ("seed", "tokenizer", "model", "data", "warmup", "optimizer")
+MAY_DIFFER = ("seed", "weights", "tokenizer", "model", "data", "warmup", "optimizer")
 OF_WARM_UP = (
     "tasks",
     "levels",
@@ -76,8 +76,8 @@ def _config_of(config: Config, name: str, changes: Mapping[str, typing.Any]) -> 
         for section, values in changes.items():
             if section == "seed":
                 continue
-            if section == "tokenizer":
-                own.tokenizer = values
+            if section in ("weights", "tokenizer"):
+                own[section] = values
                 continue
             known = OF_WARM_UP if section == "data" else tuple(own[section])
             if unknown := sorted(set(values) - set(known)):

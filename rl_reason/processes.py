@@ -1,7 +1,13 @@
-"""What differs when a run has several processes: who writes, whose rows are whose, and agreeing."""
+"""What differs when a run has several processes: joining, who writes, whose rows are whose, and agreeing."""
 
+import contextlib
 import itertools
-import os
+import pathlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -10,29 +16,85 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 JOIN_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+CURE = (
+    "set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), "
+    "or --coordinator, --num_processes and --process_id"
+)
+LOOK_S = 10.0  # how long a file that another host wrote may take to be seen; network file systems cache
 
 
-def join() -> None:
-    """Joins the run's other processes: by the environment's JOIN_BY, or by what jax finds out on a pod or under Slurm.
+def join(given: Mapping[str, str], timeout_s: float, give_up: Callable[[str], None]) -> str | None:
+    """Joins the run's other processes, by values for JOIN_BY or, without any, by what jax finds out on a pod or under Slurm.
+
+    ``give_up`` is called from another thread when they have not all come after ``timeout_s`` seconds, and has to end the
+    process: jax itself would abort. Returns the address of process 0, where it was given.
 
     Raises:
-        ValueError: a part of JOIN_BY is missing or no number, or there is nothing to go by.
+        ValueError: a part of JOIN_BY is missing or makes no sense, there is nothing to go by, or process 0 cannot listen.
     """
-    given = {name: os.environ[name] for name in JOIN_BY if name in os.environ}
-    missing = [name for name in JOIN_BY if name not in given]
-    cure = "set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0)"
     if not given:
+        with _at_most(
+            timeout_s, lambda: give_up(f"this cluster's processes have not all come within {timeout_s:g} s")
+        ):
+            try:
+                jax.distributed.initialize(initialization_timeout=_beyond(timeout_s))
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"--distributed: no cluster that jax knows ({error}); {CURE}.") from error
+        return None
+    address, count, own = _checked(given)
+    with _at_most(timeout_s, lambda: give_up(_who_is_late(address, count, own, timeout_s))):
         try:
-            return jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"--distributed: no cluster that jax knows ({error}); {cure}.") from error
-    if missing:
-        raise ValueError(f"--distributed: the environment lacks {', '.join(missing)}; {cure}.")
-    address, *numbers = given.values()
-    if not all(number.isdecimal() for number in numbers):
-        raise ValueError(f"--distributed: JAX_NUM_PROCESSES and JAX_PROCESS_ID are {numbers}; {cure}.")
-    count, own = map(int, numbers)
-    return jax.distributed.initialize(address, count, own, cluster_detection_method="deactivate")
+            jax.distributed.initialize(
+                address,
+                count,
+                own,
+                cluster_detection_method="deactivate",
+                initialization_timeout=_beyond(timeout_s),
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"--distributed: process {own} cannot use {address} ({error}); is the port free?"
+            ) from error
+    return address
+
+
+def _checked(given: Mapping[str, str]) -> tuple[str, int, int]:
+    """(address of process 0, number of processes, own number)."""
+    if missing := [name for name in JOIN_BY if name not in given]:
+        raise ValueError(f"--distributed: {', '.join(missing)} not given; {CURE}.")
+    address, count, own = (given[name] for name in JOIN_BY)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and count.isdecimal() and own.isdecimal() and int(own) < int(count)):
+        raise ValueError(f"--distributed: {', '.join(f'{k}={given[k]}' for k in JOIN_BY)} make no sense; {CURE}.")
+    return address, int(count), int(own)
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, late: Callable[[], None]) -> Iterator[None]:
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _beyond(timeout_s: float) -> int:
+    """A timeout for jax that ours is always before."""
+    return int(timeout_s) + 600
+
+
+def _who_is_late(address: str, count: int, own: int, timeout_s: float) -> str:
+    """Whether it is process 0 that did not come."""
+    within = f"within {timeout_s:g} s; start the same command on every host, or raise --join_timeout_s"
+    if own:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError as error:
+            return f"process {own} of {count} cannot reach process 0 at {address} ({error}) {within}"
+    return f"process {own} of {count} waits at {address}, but not all of the others have come {within}"
 
 
 def is_first() -> bool:
@@ -90,15 +152,40 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x)).sum(0)
 
 
-def broadcast_text(text: str, limit: int = 4096) -> str:
+def every_process(flag: bool) -> bool:
+    """Whether all processes say so; all must ask together."""
+    return not any_process(not flag)
+
+
+def broadcast_text(text: str) -> str:
     """The first process's text, on all."""
     if jax.process_count() == 1:
         return text
-    buffer = np.zeros(limit, np.uint8)
-    encoded = text.encode()
-    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
-    return received.tobytes().rstrip(b"\0").decode()
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    buffer = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded)))), np.uint8)
+    if not buffer.size:
+        return ""
+    if is_first():
+        buffer[:] = encoded
+    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes().decode()
+
+
+def blind_to(directory: pathlib.Path) -> list[int]:
+    """The processes that do not see what process 0 writes into a directory: it is not on storage that all share."""
+    if jax.process_count() == 1:
+        return []
+    sign = directory / broadcast_text(f".seen-by-all-{secrets.token_hex(8)}")
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    multihost_utils.sync_global_devices(sign.name)
+    until = time.monotonic() + LOOK_S
+    while not (seen := sign.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = np.asarray(multihost_utils.process_allgather(np.asarray(seen)))
+    if is_first():
+        sign.unlink()
+    return np.flatnonzero(~found).tolist()
 
 
 def global_put(tree: PyTree, mesh: Mesh, spec) -> PyTree:

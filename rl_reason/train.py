@@ -16,6 +16,7 @@ from rl_reason.drivers.reinforcement import Reinforcement
 from rl_reason.drivers.supervised import Supervised
 from rl_reason.interrupts import Interrupts
 from rl_reason.loop.engine import Advanced
+from rl_reason.models.hf_config import first_of
 from rl_reason.report.closing import print_summary
 from rl_reason.report.console import Display
 from rl_reason.report.files import to_json, write_atomic
@@ -94,6 +95,7 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
     if not session.warmup_seconds:
         session.display.info(f"caches in {cache.cache_root()}")
     title, metrics_name = (f"warm-up of {name}", f"warmup_{name}") if name else ("warm-up", "warmup")
+    params = _initial(session, experiment, name)
     with session.display.phase(title, total) as phase, MetricsWriterOrNone(session, metrics_name) as writer:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -102,13 +104,32 @@ def _warm_up(session: Session, experiment: build.Experiment, name: str = "") -> 
                 writer.append([{"step": step} | {k: v for k, v in metrics.items() if "/" in k}])
             _stop_if_asked(session, f"at warm-up step {step} of {total}")
 
-        warm = warmup.warm_up(experiment, on_step)
+        warm = warmup.warm_up(experiment, params, on_step)
         if warm.cached:
             phase.update(total)
     if warm.cached:
         session.display.info(f"{title} weights read from the cache in {warm.seconds:.1f} s")
     session.warmup_seconds += warm.seconds
     return warm.params
+
+
+def _initial(session: Session, experiment: build.Experiment, name: str) -> PyTree:
+    """Random parameters, or a checkpoint's, with a word about what else it holds."""
+    folder = experiment.config.weights
+    if not folder:
+        return warmup.initial(experiment).params
+    with session.display.phase(f"weights of {name}" if name else "weights", unit="tensor") as phase:
+
+        def on_tensor(done: int, total: int) -> None:
+            phase.total = total
+            phase.update(done)
+
+        params, layout = warmup.initial(experiment, on_tensor)
+    assert layout is not None
+    for what, names in (("left in place", layout.towers), ("not used", layout.unused)):
+        if names:
+            session.display.info(f"{folder}: {len(names)} tensors {what}: {first_of(names)}")
+    return params
 
 
 def _make_judges(session: Session) -> dict[str, judges.Trained]:

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import build, cache, processes
+from rl_reason import build, cache, processes, sharding
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import supervised_stream
 from rl_reason.loop import supervised
+from rl_reason.models import hf_files, hf_weights
 
 MADE_BY = (
     *("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py"),
@@ -27,21 +28,44 @@ class WarmedUp(typing.NamedTuple):
     cached: bool
 
 
+class Initial(typing.NamedTuple):
+    """Parameters, and where they lie in the checkpoint that they are from."""
+
+    params: PyTree
+    layout: hf_weights.Layout | None
+
+
 def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
     parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
     parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
     parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
+    if config.weights:
+        parts |= dict(weights=hf_files.identity(config.weights))
     warm = build.warmup_source(config, experiment.tokenizer)
     parts |= dict(source=experiment.train.fingerprint, warm=warm.fingerprint)
     return cache.fingerprint(parts, MADE_BY)
 
 
-def warm_up(experiment: build.Experiment, on_step: Callable[[int, dict[str, float]], None]) -> WarmedUp:
-    """Weights to start RL from; ``on_step(step, metrics)`` hears of every chunk."""
+def initial(experiment: build.Experiment, on_tensor: hf_weights.OnTensor = lambda done, total: None) -> Initial:
+    """Parameters before any training: random, or those of ``config.weights``, of which ``on_tensor`` hears.
+
+    Raises:
+        WeightsError: a checkpoint that is not whole, or of another model.
+    """
+    if not experiment.config.weights:
+        return Initial(build.init_params(experiment), None)
+    model = experiment.parts.model
+    shardings = sharding.param_shardings(hf_weights.shapes_of(model), experiment.mesh)
+    return Initial(*hf_weights.read(experiment.config.weights, model, shardings, on_tensor))
+
+
+def warm_up(
+    experiment: build.Experiment, params: PyTree, on_step: Callable[[int, dict[str, float]], None]
+) -> WarmedUp:
+    """Weights to start RL from, made of ``initial`` ones; ``on_step(step, metrics)`` hears of every chunk."""
     began = time.perf_counter()
-    params = build.init_params(experiment)
     if not total_steps(experiment):
         return WarmedUp(params, 0.0, False)
     place = cache.cache_root() / "warmup" / fingerprint(experiment)

@@ -6,11 +6,11 @@ import typing
 import jax.numpy as jnp
 import numpy as np
 
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.tags import Format
 from rl_reason.types import Prompts, Rollout
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 R1 = Format("<think>", "</think>", "<answer>", "</answer>")
 NOTHINK = Format("", "", "<answer>", "</answer>")
 MARK = Format("", "", "####", "")

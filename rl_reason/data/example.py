@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import struct
 import typing
+from collections.abc import Mapping
 
 from rl_reason.tasks.base import Problem
 
+Message = Mapping[str, typing.Any]  # of a chat: role, content, and what else a template reads
 SPLITS = ("train", "heldout")
 
 
@@ -16,12 +18,18 @@ class Example:
 
     source: str  # names[route]
     example_id: int  # below 2**31; the same example drawn twice has the same one
-    prompt: str
+    prompt: str  # as text, which is what is shown
     problem: Problem
     demonstration: str | None  # a worked completion, without EOS
     reference: str | None  # the oracle answer alone
     verifier: str  # a task's name, or "module:attribute"
     route: int
+    messages: tuple[Message, ...] | None = None  # what a chat template renders in place of the prompt
+
+    @property
+    def asked(self) -> str | tuple[Message, ...]:
+        """What ``prompt`` of a tokenizer makes ids of."""
+        return self.prompt if self.messages is None else self.messages
 
 
 @typing.runtime_checkable

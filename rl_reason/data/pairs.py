@@ -9,10 +9,11 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rl_reason.data.example import mix, permuted
+from rl_reason.data.chat import ChatError
+from rl_reason.data.example import Message, mix, permuted
 from rl_reason.data.row_source import SHOWN_BAD_ROWS
 from rl_reason.data.rows import BadRowError, Row, open_rows, scan
-from rl_reason.data.schema import Keys, Message, chat_renderer, prompt_of
+from rl_reason.data.schema import TEMPLATE, Keys, Prompt, chat_renderer, prompt_of
 from rl_reason.data.stream import Tokenizer, pad, span_mask, step_stream
 
 logger = logging.getLogger(__name__)
@@ -102,14 +103,16 @@ def load_pairs(paths: Sequence[str], tokenizer: Tokenizer, reading: PairReading)
                 if isinstance(row, BadRowError):
                     raise row
                 prompt, chosen, rejected = _parse(row, render)
-            except BadRowError as error:
+                asked = prompt.messages if prompt.messages and reading.chat == TEMPLATE else prompt.text
+                prompt_ids = tokenizer.prompt(asked)
+            except (BadRowError, ChatError) as error:
                 _bad(f"{file.where(number)}: {error}", reading, report)
                 continue
             if chosen == rejected:
                 report.identical += 1
                 continue
             pair = Preference(
-                np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32),
+                np.array(prompt_ids, np.int32),
                 *(np.array([*tokenizer.encode(x), tokenizer.eos_id], np.int32) for x in (chosen, rejected)),
             )
             if _fits(file.where(number), pair, reading):
@@ -150,8 +153,8 @@ def _fits(where: str, pair: Preference, reading: PairReading) -> bool:
     return True
 
 
-def _parse(row: Row, render: Callable[[Sequence[Message]], str]) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) as text; a completion's role is dropped. Raises BadRowError."""
+def _parse(row: Row, render: Callable[[Sequence[Message]], str]) -> tuple[Prompt, str, str]:
+    """(prompt, chosen, rejected), the latter two as text; a completion's role is dropped. Raises BadRowError."""
     sides = {name: row.get(name) for name in ("chosen", "rejected")}
     for name, value in sides.items():
         if value is None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from rl_reason.data.example import Example, check_split, digest, mix, permuted
+from rl_reason.data.chat import ChatError
+from rl_reason.data.example import Example, Message, check_split, digest, mix, permuted
 from rl_reason.data.rows import BadRowError, RowFile, open_rows, scan
-from rl_reason.data.schema import Keys, Parsed, chat_renderer, parse
+from rl_reason.data.schema import TEMPLATE, Keys, Parsed, chat_renderer, parse
 from rl_reason.tasks.base import HELDOUT_SHARE
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Reading:
     on_bad_row: str = "refuse"  # or 'skip': counted, reported
     on_long_prompt: str = "refuse"  # or 'drop': counted, reported
     max_prompt_len_tokens: int | None = None  # BOS included
-    count_tokens: Callable[[str], int] | None = None  # of a prompt, BOS included
+    prompt_ids: Callable[[str | Sequence[Message]], Sequence[int]] | None = None  # of a prompt, BOS included
 
     def __post_init__(self):
         check_split(self.split)
@@ -95,7 +96,9 @@ class RowSource:
         self.verifiers = tuple(sorted(index.verifiers))
         self.num_examples: int | None = len(self._ids)
         self._routes = {name: route for route, name in enumerate(self.names)}
-        self.fingerprint = digest("rows", index.content.hexdigest(), self._ids.tobytes(), seed, shuffle, reading.split)
+        self.fingerprint = digest(
+            "rows", index.content.hexdigest(), self._ids.tobytes(), seed, shuffle, reading.split, reading.chat
+        )
         if self.report.dropped:
             where, why = ", ".join((*files, *heldout_files)), "".join(f"\n  {bad}" for bad in self.report.first_bad)
             logger.warning("%s, %s rows: %s.%s", where, reading.split, self.report, why)
@@ -121,13 +124,17 @@ class RowSource:
         return Example(
             source=parsed.data_source,
             example_id=example_id,
-            prompt=parsed.prompt,
+            prompt=parsed.prompt.text,
             problem=parsed.problem,
             demonstration=parsed.demonstration,
             reference=parsed.reference,
             verifier=parsed.verifier,
             route=self._routes[parsed.data_source],
+            messages=self._messages(parsed),
         )
+
+    def _messages(self, parsed: Parsed) -> tuple[Message, ...] | None:
+        return parsed.prompt.messages if self._reading.chat == TEMPLATE else None
 
     def _parse(self, file: RowFile, row: dict[str, typing.Any]) -> Parsed:
         return parse(row, self._reading.keys, name=file.name, verifier=self._reading.verifier, render=self._render)
@@ -140,12 +147,12 @@ class RowSource:
                 if isinstance(row, BadRowError):
                     raise row
                 parsed = self._parse(file, row)
-            except BadRowError as error:
+                split = index.split_of(number, parsed)
+                fits = split != self._reading.split or self._fits(file.where(row_number), parsed)
+            except (BadRowError, ChatError) as error:
                 self._bad(f"{file.where(row_number)}: {error}", index.report)
                 continue
-            split = index.add(int(self._first_id[number]) + row_number, number, parsed)
-            if split == self._reading.split and not self._fits(f"{file.where(row_number)}", parsed.prompt):
-                index.drop_last_as_too_long()
+            index.add(int(self._first_id[number]) + row_number, split, parsed, too_long=not fits)
 
     def _bad(self, message: str, report: LoadReport) -> None:
         if self._reading.on_bad_row == "refuse":
@@ -154,11 +161,11 @@ class RowSource:
         if len(report.first_bad) < SHOWN_BAD_ROWS:
             report.first_bad.append(message)
 
-    def _fits(self, where: str, prompt: str) -> bool:
+    def _fits(self, where: str, parsed: Parsed) -> bool:
         reading = self._reading
-        if reading.max_prompt_len_tokens is None or reading.count_tokens is None:
+        if reading.max_prompt_len_tokens is None or reading.prompt_ids is None:
             return True
-        length = reading.count_tokens(prompt)
+        length = len(reading.prompt_ids(self._messages(parsed) or parsed.prompt.text))
         if length > reading.max_prompt_len_tokens and reading.on_long_prompt == "refuse":
             raise ValueError(
                 f"{where}: the prompt has {length} tokens, BOS included, and data.max_prompt_len_tokens is "
@@ -180,26 +187,21 @@ class _Index:
         self._ids, self._prompts = array.array("q"), array.array("Q")
         self._heldout, self._too_long = array.array("b"), array.array("b")
 
-    def add(self, example_id: int, file_number: int, parsed: Parsed) -> str:
-        """Notes a row and returns its split."""
-        # Spaces aside, because copies of a prompt differ in those. The answer is left out: what is asked decides.
-        key = " ".join(parsed.prompt.split()).encode()
-        prompt = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    def split_of(self, file_number: int, parsed: Parsed) -> str:
+        """The split of a row of a file."""
         if self._num_train_files is not None:
-            split = "train" if file_number < self._num_train_files else "heldout"
-        else:
-            split = parsed.split or ("heldout" if prompt % HELDOUT_SHARE == 0 else "train")
+            return "train" if file_number < self._num_train_files else "heldout"
+        return parsed.split or ("heldout" if _hash(parsed) % HELDOUT_SHARE == 0 else "train")
+
+    def add(self, example_id: int, split: str, parsed: Parsed, *, too_long: bool) -> None:
+        """Notes a row."""
         self._ids.append(example_id)
-        self._prompts.append(prompt)
+        self._prompts.append(_hash(parsed))
         self._heldout.append(split == "heldout")
-        self._too_long.append(False)
+        self._too_long.append(too_long)
         self.sources.add(parsed.data_source)
         self.verifiers.add(parsed.verifier)
         self.content.update(repr((example_id, parsed)).encode())
-        return split
-
-    def drop_last_as_too_long(self) -> None:
-        self._too_long[-1] = True
 
     def chosen(self, split: str) -> np.ndarray:
         """Ids of the split's rows, and the report's remaining counts."""
@@ -213,3 +215,9 @@ class _Index:
         self.report.also_heldout = int(also_heldout.sum()) if split == "train" else 0
         self.report.other_split = len(ids) - int(of_split.sum()) - self.report.also_heldout
         return ids[keep]
+
+
+def _hash(parsed: Parsed) -> int:
+    """Of what is asked: not of the answer, nor of spaces, in which copies of a prompt differ."""
+    key = " ".join(parsed.prompt.text.split()).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

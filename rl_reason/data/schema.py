@@ -7,6 +7,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
+from rl_reason.data.example import Message
 from rl_reason.data.rows import BadRowError, Row
 from rl_reason.tasks.base import Problem
 
@@ -16,7 +17,7 @@ ANSWER_COLUMNS = ("answer", "ground_truth", "solution", "label", "target")
 SPLIT_WORDS = {"train": "train", "training": "train"} | dict.fromkeys(
     ("heldout", "test", "val", "valid", "validation", "dev", "eval"), "heldout"
 )
-Message = Mapping[str, typing.Any]
+TEMPLATE = "template"  # the chat that the tokenizer renders
 _ABSENT = object()
 
 
@@ -32,11 +33,18 @@ class Keys:
     demonstration: str | None = None
 
 
+class Prompt(typing.NamedTuple):
+    """What a row asks: as text, and as the chat that it was given as, if it was one."""
+
+    text: str
+    messages: tuple[Message, ...] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Parsed:
     """A row understood."""
 
-    prompt: str
+    prompt: Prompt
     data_source: str
     split: str | None  # 'train', 'heldout', or not said
     demonstration: str | None
@@ -102,9 +110,9 @@ def _answer_key(row: Row, keys: Keys) -> str | None:
     raise BadRowError(f"no answer among {', '.join(row)}; {cure}")
 
 
-def prompt_of(row: Row, keys: Keys, render: Callable[[Sequence[Message]], str]) -> str:
-    """The prompt as text. Raises BadRowError when it is neither text nor a chat that ``render`` takes, or is empty."""
-    prompt = look_up(row, keys.prompt)
+def prompt_of(row: Row, keys: Keys, render: Callable[[Sequence[Message]], str]) -> Prompt:
+    """The prompt. Raises BadRowError when it is neither text nor a chat that ``render`` takes, or is empty."""
+    prompt = messages = look_up(row, keys.prompt)
     if look_up(row, "images", None):
         raise BadRowError("it has images; prompts here are text")
     if isinstance(prompt, list):
@@ -120,7 +128,7 @@ def prompt_of(row: Row, keys: Keys, render: Callable[[Sequence[Message]], str]) 
         prompt.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character, which no tokenizer takes
         raise BadRowError(f"{keys.prompt} is not Unicode text: {error}") from error
-    return prompt
+    return Prompt(prompt, tuple(messages) if isinstance(messages, list) else None)
 
 
 def _split(row: Row, keys: Keys) -> str | None:
@@ -181,17 +189,17 @@ def plain_chat(messages: Sequence[Message]) -> str:
 
 
 def chat_renderer(name: str) -> Callable[[Sequence[Message]], str]:
-    """'plain', or the import path of a function from messages to text.
+    """'plain', or the import path of a function from messages to text; 'template' shows as plain what a tokenizer renders.
 
     Raises:
         ValueError: when there is none.
     """
-    if name == "plain":
+    if name in ("plain", TEMPLATE):
         return plain_chat
     try:
         render = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"data.chat={name!r}: {error}. Use 'plain' or 'module:function'.") from error
+        raise ValueError(f"data.chat={name!r}: {error}. Use 'plain', 'template' or 'module:function'.") from error
     if not callable(render):
         raise ValueError(f"data.chat={name!r} is not a function from messages to text.")
     return typing.cast(Callable[[Sequence[Message]], str], render)

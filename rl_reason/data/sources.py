@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rl_reason.data.example import Example, Source
+from rl_reason.data.example import Example, Message, Source
 from rl_reason.data.row_source import LoadReport, Reading, RowSource
 from rl_reason.data.schema import AUTO, Keys
 from rl_reason.data.task_source import TaskSource, load_task
@@ -31,11 +31,11 @@ def make_source(
     on_bad_row: str = "refuse",
     on_long_prompt: str = "refuse",
     max_prompt_len_tokens: int | None = None,
-    encode: Callable[[str], Sequence[int]] | None = None,
+    prompt_ids: Callable[[str | Sequence[Message]], Sequence[int]] | None = None,
 ) -> Source:
     """A source of ``tasks`` or of ``files``; the arguments are the config's ``data``.
 
-    ``encode`` makes tokens of text, without BOS; with it, prompts that are too long are found now, not during the run.
+    ``prompt_ids`` makes tokens of prompts, BOS included; with it, those that are too long are found now, not during the run.
 
     Raises:
         ValueError: naming the setting and the cure.
@@ -75,6 +75,6 @@ def make_source(
         on_bad_row=on_bad_row,
         on_long_prompt=on_long_prompt,
         max_prompt_len_tokens=max_prompt_len_tokens,
-        count_tokens=None if encode is None else lambda prompt: 1 + len(encode(prompt)),
+        prompt_ids=prompt_ids,
     )
     return RowSource(files, reading, seed=seed, heldout_files=heldout_files, shuffle=shuffle)

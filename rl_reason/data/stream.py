@@ -5,13 +5,14 @@ An iterator's state is the number of the next step, which no process count, thre
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rl_reason.data.example import Example, Source, mix
+from rl_reason.data.chat import ChatError
+from rl_reason.data.example import Example, Message, Source, mix
 from rl_reason.tasks.base import ANSWER_MARK
 from rl_reason.types import Prompts, on_host
 
@@ -28,10 +29,10 @@ class Tokenizer(typing.Protocol):
     """Text to token ids, and the ids that frame them."""
 
     pad_id: int
-    bos_id: int
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
+    def prompt(self, asked: str | Sequence[Message]) -> list[int]: ...
 
 
 def prompt_stream(
@@ -119,8 +120,11 @@ def step_stream(
 
 
 def prompt_tokens(tokenizer: Tokenizer, example: Example, limit: int) -> list[int]:
-    """BOS and the prompt."""
-    tokens = [tokenizer.bos_id, *tokenizer.encode(example.prompt)]
+    """The prompt, with what the tokenizer puts around one: BOS, or a chat template."""
+    try:
+        tokens = tokenizer.prompt(example.asked)
+    except ChatError as error:
+        raise ExampleError(f"{_name(example)}: {error}. Leave such examples out of the data.") from error
     return _within(tokens, limit, example, "prompt", "BOS included")
 
 

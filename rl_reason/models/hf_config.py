@@ -262,6 +262,8 @@ def config_json(keys: Mapping[str, typing.Any], **extra: typing.Any) -> Values:
     Raises:
         WeightsError: no family computes the same; names the keys that it would have otherwise.
     """
+    if keys["full_every"] > keys["num_layers"]:  # which no layer comes to
+        keys = {**keys, "full_every": 0}
     kind = _kind_of(keys)
     family = FAMILIES[kind]
     config: Values = dict(

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import processes
-from rl_reason.models import hf_config, hf_names
-from rl_reason.models.hf_config import CONFIG, WeightsError, read_json
+from rl_reason.models import hf_names
+from rl_reason.models.hf_config import CONFIG, config_json
 from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
 from rl_reason.models.hf_names import PREFIXES, Plan
-from rl_reason.models.hf_weights import OnTensor, check, shapes_of
+from rl_reason.models.hf_weights import OnTensor, check, keys_of, shapes_of
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.report.files import to_json
 
@@ -47,7 +47,7 @@ def write(
     extra: Mapping[str, typing.Any] | None = None,
     files: Mapping[str, pathlib.Path | str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_tensor: OnTensor = lambda done: None,
+    on_tensor: OnTensor = lambda done, total: None,
 ) -> Export:
     """Writes a checkpoint, whole or not at all. All processes call it together, and the first writes.
 
@@ -56,14 +56,14 @@ def write(
         like: the checkpoint that these weights began as; its config.json, tokenizer and towers go along.
         extra: without ``like``, what config.json says that no shape tells, such as eos_token_id.
         files: further files by name: paths to copy, or text.
-        on_tensor: hears how many tensors are done.
+        on_tensor: hears how many tensors of how many are done.
 
     Raises:
         WeightsError: something is in the way, ``like`` is of another model, or transformers has none like this one.
     """
     params, model = as_theirs(params, model)
     export = prepare(model, dtype, like, extra or {})
-    tensors = _counted(_tensors(params, export, dtype), on_tensor)
+    tensors = _tensors(params, export, dtype, on_tensor)
     if not processes.is_first():
         for _ in tensors:
             pass  # each is gathered by all
@@ -101,32 +101,17 @@ def prepare(
     """Everything checked and counted, nothing written."""
     if like is None:
         source, towers, prefix = None, [], PREFIXES[-1]
-        config = hf_config.config_json(keys_of(model), **(extra or {}))
+        config = config_json(keys_of(model), **(extra or {}))
     else:
         source = Checkpoint(like)
         layout = check(source, model)
-        towers, prefix, config = layout.towers, layout.prefix, _config_like(source.folder, model)
+        towers, prefix, config = layout.towers, layout.prefix, layout.config
     plan = hf_names.plan(shapes_of(model), model, prefix)
     width = numpy_dtype(dtype).itemsize
     sizes = {piece.name: math.prod(piece.shape) * width for _, piece in hf_names.in_order(plan)}
     if source is not None:
         sizes |= {name: source.num_bytes(name) for name in towers}
     return Export(plan, _with_dtype(config, dtype), sizes, source, towers)
-
-
-def keys_of(model: ModelConfig) -> dict[str, typing.Any]:
-    """A model in the words of ``config.model``; of RoPE's scaling what its kind has."""
-    scaling = dataclasses.asdict(model)["rope_scaling"]
-    return vars(model) | dict(rope_scaling=scaling and {key: value for key, value in scaling.items() if value})
-
-
-def _config_like(folder: pathlib.Path, model: ModelConfig) -> dict[str, typing.Any]:
-    """The checkpoint's own config.json, if it describes this model."""
-    config = read_json(folder / CONFIG)
-    theirs, ours = hf_config.model_keys(config, str(folder / CONFIG)), keys_of(model)
-    if differing := [f"{key}={ours[key]!r} (there {value!r})" for key, value in theirs.items() if ours[key] != value]:
-        raise WeightsError(f"{folder / CONFIG} is of another model than this one, with {', '.join(differing)}.")
-    return config
 
 
 def _with_dtype(config: Mapping[str, typing.Any], dtype: str) -> dict[str, typing.Any]:
@@ -136,20 +121,16 @@ def _with_dtype(config: Mapping[str, typing.Any], dtype: str) -> dict[str, typin
     return dict(config) | said | inner
 
 
-def _tensors(params: PyTree, export: Export, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(params: PyTree, export: Export, dtype: str, on_tensor: OnTensor) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors by name in the order of ``export.sizes``; a layer of a parameter is on the host at a time."""
-    leaves = hf_names.by_path(params)
+    leaves, count = hf_names.by_path(params), itertools.count(1)
     of_layer = lambda pair: (pair[0], pair[1].place[:1])
     for (path, layer), pairs in itertools.groupby(hf_names.in_order(export.plan), of_layer):
         whole = processes.to_host(leaves[path][layer] if layer else leaves[path])
         for _, piece in pairs:
+            on_tensor(next(count), len(export.sizes))
             yield piece.name, piece.tensor.to_theirs(whole[piece.place[1:]]).astype(numpy_dtype(dtype), copy=False)
     for name in export.towers:
         assert export.source is not None
+        on_tensor(next(count), len(export.sizes))
         yield name, export.source.read(name)
-
-
-def _counted(tensors: Iterator[tuple[str, np.ndarray]], on_tensor: OnTensor) -> Iterator[tuple[str, np.ndarray]]:
-    for done, tensor in enumerate(tensors, start=1):
-        yield tensor
-        on_tensor(done)

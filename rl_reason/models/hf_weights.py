@@ -4,6 +4,7 @@ Beside the parameters themselves this needs memory for one of them (stacked over
 shape is checked against the model before a byte of data is read.
 """
 
+import dataclasses
 import functools
 import pathlib
 import typing
@@ -15,18 +16,19 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rl_reason.models import hf_names, transformer
-from rl_reason.models.hf_config import CONFIG, WeightsError, first_of
+from rl_reason.models.hf_config import CONFIG, WeightsError, first_of, model_keys, read_json
 from rl_reason.models.hf_files import DTYPES, Checkpoint
 from rl_reason.models.hf_names import HEAD, HEADS, PREFIXES, Piece, Plan
 from rl_reason.models.transformer import ModelConfig
 
 COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints have it
-OnTensor = Callable[[int], None]  # hears how many tensors are done
+OnTensor = Callable[[int, int], None]  # hears how many tensors of how many are done
 
 
 class Layout(typing.NamedTuple):
     """Where a checkpoint has its language model, and what else: towers, and tensors that nobody uses."""
 
+    config: dict[str, typing.Any]  # its config.json
     prefix: str
     plan: Plan
     towers: list[str]
@@ -44,7 +46,7 @@ def read(
     folder: str | pathlib.Path,
     model: ModelConfig,
     shardings: PyTree | None = None,
-    on_tensor: OnTensor = lambda done: None,
+    on_tensor: OnTensor = lambda done, total: None,
 ) -> Loaded:
     """A checkpoint's language model in the shapes, dtype and shardings (None: one device) of ours.
 
@@ -57,18 +59,39 @@ def read(
     leaves, places = hf_names.by_path(shapes), hf_names.by_path(shardings)
     checkpoint = Checkpoint(folder)
     layout = check(checkpoint, model)
-    arrays, done = {}, 0
+    arrays, done, total = {}, 0, sum(map(len, layout.plan.values()))
     # The largest first: its copy on the host is gone before the other arrays are there.
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
         arrays[path] = _read_parameter(checkpoint, layout.plan[path], leaves[path], places[path])
         done += len(layout.plan[path])
-        on_tensor(done)
+        on_tensor(done, total)
     return Loaded(jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in leaves]), layout)
 
 
+@functools.cache
 def shapes_of(model: ModelConfig) -> PyTree:
     """The parameters' shapes and dtypes, without memory."""
     return jax.eval_shape(functools.partial(transformer.init, config=model), jax.random.key(0))
+
+
+def keys_of(model: ModelConfig) -> dict[str, typing.Any]:
+    """A model in the words of ``config.model``; of RoPE's scaling what its kind has."""
+    scaling = dataclasses.asdict(model)["rope_scaling"]
+    return vars(model) | dict(rope_scaling=scaling and {key: value for key, value in scaling.items() if value})
+
+
+def config_of(folder: pathlib.Path, model: ModelConfig) -> dict[str, typing.Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+        WeightsError: there is none, or it describes another model than this one.
+    """
+    file = folder / CONFIG
+    config, ours = read_json(file), keys_of(model)
+    theirs = model_keys(config, str(file))
+    if differing := [f"{key}={ours[key]!r} (there {value!r})" for key, value in theirs.items() if ours[key] != value]:
+        raise WeightsError(f"{file} is of another model than this one, which has {', '.join(differing)}.")
+    return config
 
 
 def _read_parameter(
@@ -76,10 +99,10 @@ def _read_parameter(
 ) -> jax.Array:
     """One stacked parameter: each of its pieces is read once, if a device of this process wants any of it."""
 
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    def bounds(index: typing.Any) -> tuple[tuple[int, int], ...]:
         return tuple(own.indices(size)[:2] for own, size in zip(index, leaf.shape, strict=True))
 
-    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values() if index}
+    wanted = {bounds(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
     blocks = {block: np.empty([stop - start for start, stop in block], leaf.dtype) for block in wanted}
     for piece in pieces:
         depth = len(piece.place)
@@ -100,6 +123,7 @@ def check(checkpoint: Checkpoint, model: ModelConfig) -> Layout:
     Raises:
         WeightsError: with the first of what is missing, misshapen, quantised or left over.
     """
+    config = config_of(checkpoint.folder, model)
     names = set(checkpoint.names)
     prefix = hf_names.prefix_of(names)
     if prefix is None:
@@ -132,4 +156,4 @@ def check(checkpoint: Checkpoint, model: ModelConfig) -> Layout:
             f"{checkpoint.file_of(left[0])} has {first_of(left)}, of which the model that {CONFIG} describes has no use; "
             "are they of one model?"
         )
-    return Layout(prefix, plan, [name for name in rest if not own(name)], unused)
+    return Layout(config, prefix, plan, [name for name in rest if not own(name)], unused)

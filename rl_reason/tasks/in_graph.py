@@ -32,14 +32,19 @@ class HasPieceBytes(typing.Protocol):
 
 @struct
 class TokenBytes:
-    """Per token of the vocabulary: its bytes, and what they mean for marks and spaces. Offsets count within it."""
+    """Per token of the vocabulary: its bytes, and what they mean for marks and spaces. Offsets count within it.
 
-    table: UInt8[Array, "V W"]
+    What is said of a token's bytes lies one token after the other, ``begin[v] + offset``, offsets up to and with its length:
+    in a table of rows every token would be as wide as the longest, which in large vocabularies has more than 100 bytes.
+    """
+
+    byte: UInt8[Array, " offsets"]  # 0 at the length
+    next_ink: Int[Array, " offsets"]  # from there on, the first byte that is no space; the length where none is
+    begin: Int[Array, " V"]
     length: Int[Array, " V"]
     leading_hashes: Int[Array, " V"]
     last_other: Int[Array, " V"]  # offset of its last byte that is no '#'; -1 without
     mark_end: Int[Array, " V"]  # offset just after the last mark that lies inside it; 0 without
-    next_ink: Int[Array, "V W1"]  # from offset w on, the first byte that is no space; W where none is
     last_ink: Int[Array, " V"]  # offset of its last byte that is no space; -1 without
 
 
@@ -54,22 +59,22 @@ class Text:
 
 def token_bytes(piece_bytes: Sequence[bytes]) -> TokenBytes:
     """The tables of a vocabulary, built once on the host."""
-    width = max(map(len, piece_bytes))
-    table = np.zeros((len(piece_bytes), width), np.uint8)
-    next_ink = np.full((len(piece_bytes), width + 1), width, np.int32)
-    for i, piece in enumerate(piece_bytes):
-        table[i, : len(piece)] = list(piece)
-        for w in reversed(range(len(piece))):
-            next_ink[i, w] = w if piece[w] != SPACE else next_ink[i, w + 1]
+    byte = np.frombuffer(b"".join(piece + b"\0" for piece in piece_bytes), np.uint8)
+    length = np.array([len(piece) for piece in piece_bytes], np.int32)
+    begin = np.cumsum(length + 1, dtype=np.int32) - (length + 1)
+    place = np.arange(len(byte), dtype=np.int32)
+    stops = byte != SPACE  # a token's end is one too
+    next_stop = np.minimum.accumulate(np.where(stops, place, len(byte))[::-1])[::-1]
     mark = ANSWER_MARK.encode()
     ints = lambda of: jnp.array([of(piece) for piece in piece_bytes], jnp.int32)
     return TokenBytes(
-        table=jnp.array(table),
-        length=ints(len),
+        byte=jnp.array(byte),
+        next_ink=jnp.array(next_stop - np.repeat(begin, length + 1), jnp.int32),
+        begin=jnp.array(begin),
+        length=jnp.array(length),
         leading_hashes=ints(lambda piece: len(piece) - len(piece.lstrip(b"#"))),
         last_other=ints(lambda piece: len(piece.rstrip(b"#")) - 1),
         mark_end=ints(lambda piece: piece.rfind(mark) + MARK if mark in piece else 0),
-        next_ink=jnp.array(next_ink),
         last_ink=ints(lambda piece: len(piece.rstrip(b" ")) - 1),
     )
 
@@ -89,8 +94,8 @@ def spelled(text: Text, first: Int[Array, " N"], last: Int[Array, " N"], width: 
     owner = jnp.sum(text.end[:, None, :] <= at[:, :, None], axis=2, dtype=jnp.int32)
     owner = jnp.minimum(owner, text.end.shape[1] - 1)
     token = jnp.take_along_axis(text.tokens, owner, axis=1)
-    offset = jnp.clip(at - jnp.take_along_axis(text.start, owner, axis=1), 0, vocabulary.table.shape[1] - 1)
-    byte = vocabulary.table[token, offset].astype(jnp.int32)
+    offset = jnp.clip(at - jnp.take_along_axis(text.start, owner, axis=1), 0, vocabulary.length[token])
+    byte = vocabulary.byte[vocabulary.begin[token] + offset].astype(jnp.int32)
     return jnp.where(at <= last[:, None], byte, 0)
 
 
@@ -108,8 +113,8 @@ def answer_span(text: Text, vocabulary: TokenBytes) -> tuple[Int[Array, " N"], I
     inside = jnp.where(length > 0, vocabulary.mark_end[text.tokens], 0)
     mark_end = jnp.max(jnp.maximum(across, jnp.where(inside > 0, text.start + inside, 0)), axis=1)  # 0: no mark
 
-    after = jnp.clip(mark_end[:, None] - text.start, 0, vocabulary.table.shape[1])
-    ink = vocabulary.next_ink[text.tokens, after]
+    after = jnp.clip(mark_end[:, None] - text.start, 0, vocabulary.length[text.tokens])
+    ink = vocabulary.next_ink[vocabulary.begin[text.tokens] + after]
     never = jnp.iinfo(jnp.int32).max
     first = jnp.min(jnp.where(ink < length, text.start + ink, never), axis=1)
     last_ink = vocabulary.last_ink[text.tokens]

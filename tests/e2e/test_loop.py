@@ -68,8 +68,9 @@ CONFIGS = support.one_of_each(support.config_names("rl"), support.way_between_ph
 
 
 def composed(config: typing.Any, composition: str) -> typing.Any:
-    """Asking from inside the program is the same program around another objective."""
-    slow = [pytest.mark.slow] if composition == "callback" and config.values[0] != "base" else []
+    """Asking from inside the program is the same program around another objective; rounds and judges take long."""
+    name, callback = config.values[0], composition == "callback"
+    slow = [pytest.mark.slow] if (callback and name != "base") or name in ("dapo", "intern_s1") else []
     return pytest.param(*config.values, composition, marks=[*config.marks, *slow])
 
 
@@ -112,7 +113,7 @@ def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     assert np.any(out.metrics["actor/grad_norm"] > 0)  # a filter may leave a step without groups
 
 
-@pytest.mark.parametrize("config", ["clipcov", "klcov"])
+@pytest.mark.parametrize("config", ["clipcov", pytest.param("klcov", marks=pytest.mark.slow)])
 def test_microbatches_are_invisible(config):
     """1 x 64 rows equals 8 x 8."""
     shape = dict(prompts_per_step=16, generated_prompts=16, minibatches=1)

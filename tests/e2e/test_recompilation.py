@@ -1,5 +1,7 @@
 """A program that compiles again after the first step is said to, once."""
 
+import pytest
+
 from tests.e2e import harness
 
 
@@ -13,6 +15,7 @@ def test_another_shape_is_reported(tmp_path):
         assert "JAX_LOG_COMPILES=1" in output
 
 
+@pytest.mark.slow
 def test_ordinary_runs_report_none(tmp_path):
     """With checkpoints, and evaluations on the way."""
     flags = [harness.TINY, "--config.num_steps=6", "--config.checkpoint.every=2", f"--run={tmp_path / 'run'}"]

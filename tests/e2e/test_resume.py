@@ -62,7 +62,9 @@ def test_n_and_n_steps_are_2n(tmp_path, uninterrupted, data):
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("mode, number", [("split", signal.SIGTERM), ("overlapped", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "mode, number", [pytest.param("split", signal.SIGTERM, marks=pytest.mark.slow), ("overlapped", signal.SIGINT)]
+)
 def test_a_signal_saves_at_the_next_chunk_and_resumes(tmp_path, uninterrupted, data, mode, number):
     run = tmp_path / "run"
     whole = uninterrupted(mode)
@@ -134,6 +136,7 @@ def test_kill_9_at_random_moments(tmp_path, uninterrupted, data, mode):
     assert_same_run(run, uninterrupted(mode))
 
 
+@pytest.mark.slow
 def test_an_interrupted_warm_up(tmp_path):
     """SIGTERM and kill -9 while it runs: it begins again; a damaged entry of its cache is made again."""
     cache = tmp_path / "cache"

@@ -19,7 +19,13 @@ SAMPLES = ("rl", "cohort")
 REPORTED = ("base", "sft", "air", "rlccf")  # drawing takes a third of a run of seconds: one of each loop
 
 
-@pytest.mark.parametrize("name", support.one_of_each(support.config_names(), support.way_between_phases))
+# A run of each loop, and the one with models in the loop; what other methods put into the slots is tested in test_loop.py.
+ALWAYS = (*REPORTED, "intern_s1")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in support.config_names()]
+)
 def test_smoke(name, tmp_path):
     run, report = tmp_path / "run", name in REPORTED
     output = harness.succeed(f"--config={name}.py:smoke", f"--run={run}", f"--config.log.report={report}")

@@ -12,7 +12,7 @@ import pytest
 from configs.models import MODELS
 from rl_reason import build
 from rl_reason.data.packing import packed_stream
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.loop import cohort, preference, supervised
 from rl_reason.loop.chunk import make_step
 from rl_reason.loop.preference import Pairs
@@ -108,7 +108,7 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(name, "paper")
     with pytest.raises(
-        ValueError, match=r"config\.tokenizer='checkpoints/.*': no file there; give the path of a sentence"
+        ValueError, match=r"config\.tokenizer='checkpoints/.*': no file or folder 'checkpoints/.*'; give 'embedded'"
     ):
         build.build(config, one_device())
     config.tokenizer = "embedded"
@@ -167,17 +167,16 @@ def test_a_supervised_step_traces(name, paper):
 def test_parameters_are_as_many_as_published(name):
     config = load_config("base")
     config.model.update(MODELS[name])
-    config.model.update(
-        rope_theta=1.0, norm_eps=1e-6, max_position=0
-    )  # no parameters; models of one shape are then counted once
-    total, active = num_params(build.model_config(config, Tokenizer.load()))
+    # No parameters: models of one shape are then counted once.
+    config.model.update(rope_theta=1.0, norm_eps=1e-6, max_position=0)
+    total, active = num_params(build.model_config(config, SentencePieceTokenizer.load()))
     published, published_active = PUBLISHED[name]
     assert total == pytest.approx(published, rel=0.01)
     assert active == pytest.approx(published_active, rel=0.02)  # to two digits
 
 
 def test_a_vocabulary_is_the_tokenizers_or_more():
-    config, tokenizer = load_config("base"), Tokenizer.load()
+    config, tokenizer = load_config("base"), SentencePieceTokenizer.load()
     assert build.model_config(config, tokenizer).vocab_size == tokenizer.vocab_size
     config.model.vocab_size = tokenizer.vocab_size + 9
     assert build.model_config(config, tokenizer).vocab_size == tokenizer.vocab_size + 9
@@ -189,7 +188,7 @@ def test_a_vocabulary_is_the_tokenizers_or_more():
 def test_air_traces(tmp_path):
     """The only one that learns from pairs: one update of its batch, by shapes."""
     config = load_config("air", "paper")
-    with pytest.raises(ValueError, match="no file there"):
+    with pytest.raises(ValueError, match="no file or folder"):
         build.build(config, one_device())
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")

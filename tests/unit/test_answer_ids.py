@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.tasks.answer_ids import RULES, Spelled, class_ids, join, make_answer_ids
 from rl_reason.tasks.base import extract_answer
 from rl_reason.tasks.in_graph import MAX_ANSWER_BYTES
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 # Pieces such as larger vocabularies have: marks, signs, digits and spaces inside and across tokens.
 PIECES = [b"", *(bytes([b]) for b in b"#_ -0127\xe2"), b"##", b"####", b" ####", b"#### ", b"####12", b"12##", b"## 1"]
 PIECES += [b"12", b" 12 ", b"-1", b"1-", b"a7b", b"7b12", b"1 -2", b"--0", b"# #", b"1 #### 2", b"\x96\x81", b"0" * 15]

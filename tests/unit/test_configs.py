@@ -83,7 +83,7 @@ def changed(**changes):
         (dict(model__vocab_size=9), "config.model.vocab_size=9 is less than the"),
         (
             dict(tokenizer="nowhere"),
-            "config.tokenizer='nowhere': no file there; give the path of a sentencepiece model",
+            "config.tokenizer='nowhere': no file or folder 'nowhere'; give 'embedded', a sentencepiece model",
         ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

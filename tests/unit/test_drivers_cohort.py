@@ -17,7 +17,7 @@ from experiments import evaluate as cli
 from rl_reason import build, evaluate, members, rewards, subjects, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.data.example import Example
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.drivers.cohort import Cohort
 from rl_reason.evaluate import Answered
 from rl_reason.report.panels import agreements, panels_for
@@ -314,7 +314,7 @@ def test_policies_of_two_tokenizers_run(tmp_path):
     """Verifiers on the host; one policy reads and writes a tokenizer whose ids are others."""
     model = tmp_path / "other.model"
     model.write_bytes(build_tokenizer.build(names=reversed(TASKS)))
-    assert Tokenizer.load(model).encode("add 1") != Tokenizer.load().encode("add 1")
+    assert SentencePieceTokenizer.load(model).encode("add 1") != SentencePieceTokenizer.load().encode("add 1")
     file, run = tmp_path / "two_tokenizers.py", tmp_path / "run"
     file.write_text(
         "from configs import rlccf\n\n\ndef get_config(arg=''):\n    config = rlccf.get_config('smoke')\n"

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.tasks import TASKS, in_graph
 from rl_reason.tasks.base import draw
 from rl_reason.tasks.in_graph import IN_GRAPH, MAX_ANSWER_BYTES, MAX_PROMPT_BYTES, WITNESS, make_verifier
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 NAMES = sorted(IN_GRAPH)
 ROWS, PROBLEMS, PROMPT, COMPLETION, REFERENCE = 10_000, 100, 64, 48, 16
 MARK = TOKENIZER.encode("####")

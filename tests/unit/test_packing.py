@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from rl_reason.data.packing import packed_stream
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.data.sources import make_source
 from rl_reason.data.stream import ExampleError, demonstration_tokens, prompt_tokens
-from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop.supervised import Demonstrations, negative_log_likelihood
 from tests import support
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 SOURCE = make_source(seed=0, tasks=("add",), levels=((1, 2),))
 
 

@@ -13,15 +13,15 @@ import pytest
 from rl_reason.data import preferences
 from rl_reason.data.pairs import PairData, PairReading, Preference, load_pairs, pairs_stream
 from rl_reason.data.preferences import Response, annotate, judge_scores, make_pairs, oracle_quality
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.data.sources import make_source
-from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop.preference import Pairs
 from rl_reason.methods import air
 from rl_reason.tasks import get
 from rl_reason.tasks.base import Problem, Verdict
 from rl_reason.tasks.relation import Relation
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 ADD = get("add")
 SUM = Problem("add", 2, {"a": 47, "b": 85})  # 7+5+0=12 4+8+1=13 ####132: steps of 17 characters
 

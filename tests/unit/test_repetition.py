@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_reason import repetition
-from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 WIDTH = 48
 # Separators at both ends and in the middle, alone and in runs; letters few, so that words come again.
 PIECES = (b"", b"a", b"b", b" ", b"_", b"ab", b" a", b"a ", b"_a", b"a_", b"a b", b"__", b"  ", b"_ _", b"a__b c")

@@ -11,8 +11,8 @@ import pytest
 
 from rl_reason.data.example import permuted
 from rl_reason.data.rows import open_rows
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.data.sources import make_source
-from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.tasks.base import split_of
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "data"
@@ -319,7 +319,9 @@ def test_bad_parquet(tmp_path):
 def test_long_prompts_are_dropped_or_refused(tmp_path):
     rows = [{"prompt": "1" * (i + 1), "answer": "2"} for i in range(30)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    options = dict(files=[path], seed=0, verifier=SCORE, max_prompt_len_tokens=11, encode=Tokenizer.load().encode)
+    options = dict(
+        files=[path], seed=0, verifier=SCORE, max_prompt_len_tokens=11, prompt_ids=SentencePieceTokenizer.load().prompt
+    )
     with pytest.raises(
         ValueError, match=r"a.jsonl:1\d: the prompt has 1\d tokens, BOS included.*on_long_prompt='drop'"
     ):

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.data.sources import make_source
 from rl_reason.data.stream import prompt_stream, supervised_stream
-from rl_reason.data.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 SIZES = dict(batch_size=8, prompt_len=64)
 LONG = dict(reference_len=64, demonstration_len=512)
 

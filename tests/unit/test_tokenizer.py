@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.build_tokenizer import corpus, main
-from rl_reason.data.tokenizer import EMBEDDED, Tokenizer
+from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
 from rl_reason.tasks import TASKS
 from rl_reason.tasks.base import ANSWER_MARK, draw
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = SentencePieceTokenizer.load()
 PEER = sentencepiece.SentencePieceProcessor(model_file=str(EMBEDDED))
 # Pieces, and what imitates pieces: names, marks, specials' and bytes' spellings, sentencepiece's space.
 FRAGMENTS = [
@@ -97,15 +97,15 @@ def test_lone_surrogates_are_refused():
 
 def test_a_missing_or_broken_file_is_named_with_its_cure(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.model.*experiments\.build_tokenizer --out"):
-        Tokenizer.load(tmp_path / "none.model")
+        SentencePieceTokenizer.load(tmp_path / "none.model")
     for content in (b"", b"not a model", EMBEDDED.read_bytes()[:-7]):
         (tmp_path / "broken.model").write_bytes(content)
         with pytest.raises(ValueError, match=r"broken\.model.*experiments\.build_tokenizer --out"):
-            Tokenizer.load(tmp_path / "broken.model")
+            SentencePieceTokenizer.load(tmp_path / "broken.model")
 
 
 def test_equality_copies_and_fingerprint():
-    again = Tokenizer.load(pathlib.Path(EMBEDDED))
+    again = SentencePieceTokenizer.load(pathlib.Path(EMBEDDED))
     assert again == TOKENIZER and hash(again) == hash(TOKENIZER) and len(TOKENIZER.fingerprint) == 64
     for other in (pickle.loads(pickle.dumps(TOKENIZER)), copy.deepcopy(TOKENIZER)):
         assert other == TOKENIZER and other.encode("add 1+1=") == TOKENIZER.encode("add 1+1=")
