@@ -429,5 +429,5 @@ def init_state(experiment: Experiment, parts: Parts, params: PyTree) -> TrainSta
 
 
 def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over data and fsdp, after ``leading`` uncut axes."""
+    """Rows over data, fsdp and expert, after ``leading`` uncut axes."""
     return NamedSharding(mesh, P(*(None,) * leading, sharding.ROWS))
