@@ -250,5 +250,6 @@ def _paper(config: Config) -> None:
     paper.model(config, "Qwen2-7B-Instruct")
     paper.data(config, **paper.GSM8K_AND_MATH, **paper.GSM8K_AND_MATH_TEST, prompt_len=1024, completion_len=1024)
     paper.batch(config, prompts=1024, group_size=5, minibatches=4, num_steps=210)  # 15 epochs of 14,973 prompts
+    paper.layout(config, "v6e:4x8")
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)

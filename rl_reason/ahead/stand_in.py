@@ -1,7 +1,7 @@
-"""What a ``:paper`` config names and this machine need not have: a tokenizer and rows of data that stand in for it.
+"""What a ``:paper`` config names and this machine need not have: weights, a tokenizer and rows of data.
 
-Neither decides a shape of the compiled programs: vocabularies are the model's, lengths the config's. Special tokens are
-other ids, and stop strings other tokens.
+None of it decides a shape of the compiled programs: vocabularies are the model's, lengths the config's. In what stands in
+for it special tokens have other ids, and stop strings other tokens.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from configs.common import Config
 
 SOURCES = ("mathematics", "open_ended", "science")  # what rows say that they are of: Intern-S1's reward goes by it
+EMBEDDED = "embedded"
 ROWS = "three rows of sums"
 
 
@@ -27,10 +28,13 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
             ("config", config),
             *((f"config.cohort.{name}", own) for name, own in config.cohort.items()),
         ):
-            given = own.get("tokenizer", "embedded")
-            if given != "embedded" and not pathlib.Path(given).exists():
-                own.tokenizer = "embedded"
-                said.append(f"{where}.tokenizer={given!r}: the embedded tokenizer")
+            if own.get("weights") and not pathlib.Path(own.weights).exists():
+                said.append(f"{where}.weights={own.weights!r}: the shapes of config.model")
+                own.weights = ""
+            if own.get("tokenizer", EMBEDDED) != EMBEDDED and not pathlib.Path(own.tokenizer).exists():
+                said.append(f"{where}.tokenizer={own.tokenizer!r}: the embedded tokenizer, without chat templates")
+                own.tokenizer = EMBEDDED
+                config.data.update(chat="plain", system_prompt="", template_variables=None)
         if not all(pathlib.Path(path).exists() for path in (*config.data.files, *config.data.heldout_files)):
             said.append(f"config.data.files={_short(config.data.files)}: {ROWS}")
             column = config.data.demonstration_key or "worked"

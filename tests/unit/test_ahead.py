@@ -153,7 +153,8 @@ def test_what_is_missing_is_replaced_and_said(tmp_path):
     assert changed.tokenizer == "embedded" and all(
         own.tokenizer == "embedded" for own in changed.cohort.values() if "tokenizer" in own
     )
-    assert len(said) == 5 and said[0] == "config.tokenizer='checkpoints/Qwen2.5-7B': the embedded tokenizer"
+    assert len(said) == 9 and said[0] == "config.weights='checkpoints/Qwen2.5-7B': the shapes of config.model"
+    assert said[1] == "config.tokenizer='checkpoints/Qwen2.5-7B': the embedded tokenizer, without chat templates"
     assert said[-1] == "config.data.files='data/math700.parquet': three rows of sums"
     assert stand_in(changed, tmp_path)[1] == []  # all of it is here now
     assert stand_in(load_config("base"), tmp_path)[1] == []
