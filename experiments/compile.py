@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
     if _TABLE.value:
         from rl_reason.report.fitting import markdown
 
-        print("\n".join(markdown(read(pathlib.Path(_TABLE.value)))))
+        path = pathlib.Path(_TABLE.value)
+        if not path.exists():
+            raise SystemExit(f"error: --table={path}: no such file; compile with --out={path} first.")
+        print("\n".join(markdown(read(path))))
         return
     config = config_files.checked(config_files.CONFIG.value)
     if _TOPOLOGY.value and _SEARCH.value:
@@ -72,8 +75,7 @@ def checked(display: typing.Any, config: typing.Any, name: str) -> bool:
         raise ValueError(
             'config.topology is empty: say for which slice, as in --topology="v5p:4x4x4", or --search=v5p finds one.'
         )
-    with display.phase("compile", unit="program") as phase:
-        found = check.check(config, topology, lambda program: phase.update(phase.done + 1, {program: 1}))
+    found = check.check(config, topology, lambda program: display.phase(f"compile {program}"))
     return shown(display, {"config": name, **check.record(found)})
 
 
@@ -81,11 +83,14 @@ def found_by_search(display: typing.Any, config: typing.Any, name: str) -> bool:
     """Slices from the smallest on: whether one of them fits."""
     from rl_reason.ahead import check
 
-    for topology, found in check.search(config, _SEARCH.value or "", lambda program: None):
+    for topology, found in check.search(
+        config, _SEARCH.value or "", lambda program: display.phase(f"compile {program}")
+    ):
         if isinstance(found, str):
             display.info(f"{topology}: passed over: {found}")
         elif shown(display, {"config": name, **check.record(found)}):
             return True
+    display.warn(f"{name} fits no slice of {_SEARCH.value} that it divides over.")
     return False
 
 

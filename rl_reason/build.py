@@ -405,12 +405,8 @@ def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     everywhere."""
     params = param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    judges = {
-        name: sharding.like_params(state.models[name], param_shapes(judge.model), mesh)
-        for name, judge in parts.judges.items()
-    }
-    placed = sharding.like_params(state, params, mesh)
-    return dataclasses.replace(placed, models=placed.models | judges)
+    judges = {f"models/{name}/": param_shapes(judge.model) for name, judge in parts.judges.items()}
+    return sharding.like_params(state, params, mesh, judges)
 
 
 def init_params(experiment: Experiment) -> PyTree:

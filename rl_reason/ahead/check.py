@@ -1,11 +1,13 @@
 """One config against one slice, and the search for the smallest slice that fits."""
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import pathlib
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
+
+import jax
 
 from configs.common import Config
 from rl_reason import build
@@ -17,7 +19,7 @@ from rl_reason.ahead.stand_in import stand_in
 from rl_reason.ahead.topology import Slice
 from rl_reason.models import transformer
 
-Say = Callable[[str], typing.Any]
+Compiling = Callable[[str], contextlib.AbstractContextManager]  # entered while the program of that name is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Checked:
         return levers(self.experiment, self.needs, self.hbm_bytes)
 
 
-def check(config: Config, name: str, say: Say) -> Checked:
-    """Compiles every program of a step for the slice of that name; ``say`` is told of each before it begins.
+def check(config: Config, name: str, compiling: Compiling) -> Checked:
+    """Compiles every program of a step for the slice of that name.
 
     Raises:
         TopologyError: no such slice, or no libtpu.
@@ -60,8 +62,8 @@ def check(config: Config, name: str, say: Say) -> Checked:
     experiment, replaced = described(config, where)
     needs = []
     for program in programs(experiment):
-        say(program.name)
-        needs.append(memory.measured(program, experiment.mesh))
+        with compiling(f"{program.name} for {name}"):
+            needs.append(memory.measured(program, experiment.mesh))
     return Checked(where, experiment, config.tokenizer, tuple(replaced), tuple(needs))
 
 
@@ -72,7 +74,7 @@ def described(config: Config, where: Slice) -> tuple[build.Experiment, list[str]
         return build.build(config, list(where.devices)), replaced
 
 
-def search(config: Config, generation: str, say: Say) -> Iterator[tuple[str, Checked | str]]:
+def search(config: Config, generation: str, compiling: Compiling) -> Iterator[tuple[str, Checked | str]]:
     """Slices of a generation from the smallest on until a step fits: each with what was found, or why it was passed over.
 
     A slice is not compiled for where batches do not divide over it, or where states and caches alone are too large.
@@ -92,7 +94,7 @@ def search(config: Config, generation: str, say: Say) -> Iterator[tuple[str, Che
         if needed > where.generation.hbm_bytes:
             yield name, f"{needed / topology.GIB:.1f} GiB of states, batches and caches alone"
             continue
-        found = check(config, name, say)
+        found = check(config, name, compiling)
         yield name, found
         if found.fits:
             return
@@ -124,7 +126,7 @@ def record(checked: Checked) -> dict[str, typing.Any]:
         "param_dtype": experiment.parts.model.param_dtype,
         "check_every": experiment.parts.rollout.check_every,
         "plan": experiment.describe(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": {"jax": jax.__version__, "libtpu": where.libtpu},
         "replaced": list(checked.replaced),
         "levers": [lever.describe() for lever in checked.levers],
         "programs": [_record_of(need) for need in checked.needs],

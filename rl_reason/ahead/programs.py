@@ -4,7 +4,6 @@ They are the very functions that a run compiles (``loop.engine``, ``loop.cohort`
 programs are cut over rows, as ``constrain_rows`` leaves them.
 """
 
-import dataclasses
 import math
 import typing
 from collections.abc import Callable, Iterator
@@ -173,7 +172,7 @@ def _supervised(experiment: build.Experiment) -> Iterator[Program]:
     shape = (experiment.config.steps_per_call, s.rows_per_step, s.row_len_tokens)
     where = build.rows_sharding(experiment.mesh, 1)
     of = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    batches = supervised.Demonstrations(of(jnp.int32), of(bool), of(jnp.int32))
+    batches = on_host(supervised.Demonstrations, tokens=of(jnp.int32), loss_mask=of(bool), segments=of(jnp.int32))
     chunk = jax.jit(supervised.make_packed_chunk(experiment.parts), donate_argnums=0)
     yield Program("chunk", chunk, (state, batches), state)
 
@@ -198,6 +197,6 @@ def _preference(experiment: build.Experiment) -> Iterator[Program]:
         ref_rejected_logprobs=sums,
     )
     if not precomputed:
-        state = dataclasses.replace(state, ref_params=state.params)
+        state = on_host(TrainState, **vars(state) | dict(ref_params=state.params))
     chunk = preference.make_counted_chunk(experiment.parts, experiment.pairs.setting, rows)
     yield Program("chunk", jax.jit(chunk, donate_argnums=0), (state, pairs), state)

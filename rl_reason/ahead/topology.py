@@ -5,6 +5,7 @@ libtpu describes them and compiles for them on any machine; no chip is asked.
 
 import dataclasses
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import re
@@ -54,6 +55,7 @@ class Slice:
     chips: int
     hosts: int
     devices: tuple[typing.Any, ...]
+    libtpu: str  # the compiler's version
 
     def describe(self) -> str:
         """'v5p:4x4x4: 64 chips of 95.7 GiB on 16 hosts'."""
@@ -128,7 +130,8 @@ def find(name: str) -> Slice:
     devices = tuple(description.devices)
     chips = math.prod(shape)
     assert len(devices) == chips * generation.devices_per_chip, (name, len(devices))
-    return Slice(name, generation, chips, len({device.process_index for device in devices}), devices)
+    hosts = len({device.process_index for device in devices})
+    return Slice(name, generation, chips, hosts, devices, importlib.metadata.version("libtpu"))
 
 
 def larger(generation: str, chips: int = 0) -> list[str]:

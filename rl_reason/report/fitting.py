@@ -121,7 +121,7 @@ def mesh(record: Record) -> str:
     return " ".join(f"{axis}={size}" for axis, size in record["mesh"].items()) or "one device"
 
 
-def gib(num_bytes: float) -> str:
+def gib(num_bytes: float | int) -> str:
     """Two digits after the point, three where that would be nothing.
 
     >>> gib(1.5 * 2**30), gib(2**20), gib(0)
@@ -131,6 +131,6 @@ def gib(num_bytes: float) -> str:
     return f"{value:.2f}" if value >= 0.01 else f"{value:.3f}" if value >= 0.0005 else "0"
 
 
-def share(num_bytes: float, record: Record) -> str:
+def share(num_bytes: float | int, record: Record) -> str:
     """'13 %' of a device's memory."""
     return f"{100 * num_bytes / record['hbm_bytes']:.0f} %"

@@ -167,6 +167,11 @@ def smoke(name="base", **sections):
     return build.build(config, one_device())
 
 
+@functools.cache
+def programs_of_a_cohort():
+    return list(programs.programs(smoke("rlccf")))
+
+
 def test_programs_are_the_ones_that_a_step_runs():
     names = lambda experiment: [program.name for program in programs.programs(experiment)]
     assert names(smoke("base")) == ["chunk"]
@@ -174,7 +179,7 @@ def test_programs_are_the_ones_that_a_step_runs():
     config.verify = "split"
     assert names(build.build(config, one_device())) == ["draw", "learn"]
     assert names(smoke("sft")) == ["chunk"] == names(smoke("air"))
-    cohort = names(smoke("rlccf"))
+    cohort = [program.name for program in programs_of_a_cohort()]
     assert cohort == [f"{word} {name}" for word in ("draw", "learn") for name in ("automata", "differences", "sums")]
 
 
@@ -187,7 +192,7 @@ def test_a_state_is_counted_by_its_pieces():
     size = programs.device_bytes
     params = jax.tree.leaves(program.state.params)
     whole = sum(4 * x.size for x in params)
-    norms = sum(4 * x.size for x in params if x.sharding.spec == P())
+    norms = sum(4 * x.size for x in params if x.sharding.is_fully_replicated)
     assert size(program.state.params) == (whole - norms) / 2 + norms
     assert size(program.state.ref_params) == size(program.state.params)
     # Its count and the schedule's are two numbers of 4 bytes.
@@ -195,9 +200,7 @@ def test_a_state_is_counted_by_its_pieces():
 
 
 def test_what_lives_beside_a_program_counts():
-    experiment = smoke("rlccf")
-    found = list(programs.programs(experiment))
-    draw = next(program for program in found if program.name == "draw sums")
+    draw = next(program for program in programs_of_a_cohort() if program.name == "draw sums")
     parts = memory._parts(draw, programs.device_bytes(draw.arguments), 0, 0, 0)
     others = [state for name, state in draw.state.items() if name != "sums"]
     assert parts["other policies"] == sum(map(programs.device_bytes, others))
@@ -242,7 +245,7 @@ def test_a_record_reads_well(capsys):
     sent = collectives.Traffic({("all-gather", 0): 2.0 * gib, ("all-gather", 1): 8.0 * gib})
     parts = dict.fromkeys(ROWS, 0) | {"parameters": 4 * gib, "KV cache": 2 * gib, "temporaries": gib}
     needs = (Need("draw", parts, 61.0, False, sent, ("check",)), Need("learn", parts, 5.0, True, None, ()))
-    where = topology.Slice("v5e:2x4", topology.GENERATIONS["v5e"], 8, 2, ())
+    where = topology.Slice("v5e:2x4", topology.GENERATIONS["v5e"], 8, 2, (), "0.0.42")
     found = check.record(
         check.Checked(where, experiment, "checkpoints/Some-7B", ("config.tokenizer: another",), needs)
     )
