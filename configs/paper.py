@@ -1,4 +1,4 @@
-"""What every ``:paper`` variant says, in four calls; a config then adds its method's own values. Pure data.
+"""What every ``:paper`` variant says, in five calls; a config then adds its method's own values. Pure data.
 
 ``:paper`` is the paper's own model, data, batch, lengths, optimizer and method values. It needs the checkpoint's folder
 with its tokenizer, and the files of data that it names; without those it is traced by tests and not run. Nothing has a
@@ -43,8 +43,7 @@ def model(config: Config, name: str) -> None:
     config.data.chat = "template"
     config.warmup.update(tasks=(), levels=(), num_steps=0)
     config.router.update(balance_coef=0.0)  # off in RL, as in xtuner's and slime's configs
-    config.mesh.update(data=1, fsdp=-1)  # row shards must divide the prompts of a minibatch: guess 32 for most
-    config.rollout.update(num_slots=512, check_every=8, prefill_rows=64)
+    config.rollout.check_every = 8
     config.steps_per_call = 1  # a step takes minutes
 
 
@@ -88,9 +87,22 @@ def batch(config: Config, *, prompts: int, group_size: int, minibatches: int, nu
         train_group_size=group_size,
         max_rounds=1,
         minibatches=minibatches,
-        microbatch_rows=64,
     )
     config.num_steps = num_steps
+
+
+def layout(
+    config: Config, topology: str, *, slots: int = 512, prefill: int = 64, microbatch: int = 64, **mesh: int
+) -> None:
+    """The slice that a step compiles for and fits (docs/ahead_of_time.md), and how it is laid out there. No paper's values.
+
+    Row shards (fsdp times expert) divide the prompts of a minibatch: 32 for most. ``slots`` decode at a time, ``prefill``
+    prompts and ``microbatch`` rows pass the model at a time.
+    """
+    config.topology = topology
+    config.mesh.update(dict(data=1, fsdp=-1, tensor=1, expert=1) | mesh)
+    config.rollout.update(num_slots=slots, prefill_rows=prefill)
+    config.batch.microbatch_rows = microbatch
 
 
 def dynamic_sampling(config: Config, *, generated_prompts: int) -> None:
@@ -134,5 +146,6 @@ def entropy_mechanism(config: Config) -> None:
     # Minibatches of 32 prompts; 300 steps are the 2400 updates of the paper's law study: guess.
     batch(config, prompts=256, group_size=8, minibatches=8, num_steps=300)
     dynamic_sampling(config, generated_prompts=768)  # 3 times what is trained on, as in DAPO's script: guess
+    layout(config, "v6e:4x8")
     # 5e-7 in their fork, 1e-6 in verl's recipe. The warm-up is not in our notes of the script: guess.
     optimizer(config, learning_rate=5e-7, warmup_steps=0, decay="constant", weight_decay=0.0, b2=0.999)

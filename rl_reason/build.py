@@ -345,14 +345,21 @@ def _stats(parts: Parts) -> dict[str, typing.Any]:
     return stats
 
 
+def param_shapes(model: ModelConfig) -> PyTree:
+    """A model's parameters, described."""
+    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+
+
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives: parameters by the table, moments and references like them, the rest everywhere."""
-    params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
+    """Where each part of the state lives: parameters by the table, moments, references and judges like them, the rest
+    everywhere."""
+    params = param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    return sharding.like_params(state, state.params, mesh)
+    judges = {f"models/{name}/": param_shapes(judge.model) for name, judge in parts.judges.items()}
+    return sharding.like_params(state, state.params, mesh, judges)
 
 
-def param_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
+def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
     """Shapes, types and shardings of a policy's parameters, without memory."""
 
     def init(key: Key[Array, ""]) -> PyTree:

@@ -102,13 +102,23 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
         x = x.reshape(shards, chunks, rows // shards, *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(chunks, rows, *x.shape[3:])
 
-    _, cache = jax.lax.scan(lambda _, chunk: (None, run(*chunk)), None, (cut(tokens), cut(prompts.prompt_len)))
+    def fill(cache, chunk):  # in its place: stacked and then joined, prompts would be in memory twice
+        index, *prompts = chunk
+        put = lambda x, new: x.at[:, :, index].set(new.reshape(new.shape[0], shards, -1, *new.shape[2:]))
+        return jax.tree.map(put, cache, run(*prompts)), None
 
-    def join(x):  # [chunks L rows ...] -> [L B ...]
-        x = x.reshape(chunks, x.shape[1], shards, rows // shards, *x.shape[3:])
-        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], batch, *x.shape[4:])
+    shape = (config.num_layers, shards, chunks, rows // shards, width, config.num_kv_heads, config.head_dim)
+    empty = constrain(jnp.zeros(shape, config.dtype), None, ROWS, None, None, None, kv_axis(config))
+    parts = jnp.arange(chunks), cut(tokens), cut(prompts.prompt_len)
+    cache, _ = jax.lax.scan(fill, (empty, empty), parts)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], batch, *x.shape[4:]), cache)
 
-    return jax.tree.map(join, cache)
+
+def kv_axis(config: ModelConfig) -> str | None:
+    """The mesh axis that cuts the caches' heads, as it cuts the projections that fill them; None where it does not divide
+    them."""
+    ways = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+    return "tensor" if config.num_kv_heads % ways == 0 else None
 
 
 def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
@@ -176,13 +186,14 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         row = jnp.where(where, slots.row, buffer.shape[1])
         return jax.vmap(lambda b, r, v: b.at[r].set(v, mode="drop"))(buffer, row, value)
 
+    recorded = written.expert_ids
     return _Written(
         tokens=put(written.tokens, token),
         rollout_logprobs=put(written.rollout_logprobs, full),
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None if written.expert_ids is None else put(written.expert_ids, experts),
+        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
     )
 
 
@@ -263,10 +274,10 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     longest = max((len(s) for s in rollout.stop_sequences), default=1)
     shape = (rollout.num_slots, length, config.num_kv_heads, config.head_dim)
     if config.scan_decode:
-        empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS)
+        empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, kv_axis(config))
         cache: PyTree = (empty, empty)
     else:
-        empty = constrain_rows(jnp.zeros(shape, config.dtype))
+        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, kv_axis(config))
         cache = [(empty, empty) for _ in range(config.num_layers)]
     idle = _Slots(
         row=jnp.full((shards, width), rows, jnp.int32),
@@ -279,13 +290,14 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     )
     buffer = jnp.zeros((shards, rows, length), dtype)
     chosen = (shards, rows, length, config.num_layers, config.experts_per_token)
+    narrow = jnp.int8 if config.num_experts <= 128 else jnp.int16  # they are many: layers times top-k a token
     written = _Written(
         tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
         rollout_logprobs=buffer,
         sampled_logprobs=buffer,
         length=jnp.zeros((shards, rows), jnp.int32),
         truncated=jnp.zeros((shards, rows), bool),
-        expert_ids=jnp.zeros(chosen, jnp.int32) if rollout.record_experts else None,
+        expert_ids=jnp.zeros(chosen, narrow) if rollout.record_experts else None,
     )
     slots, written = constrain_rows((slots, written))
     return _Loop(slots, next_row, written, cache, jnp.int32(0))

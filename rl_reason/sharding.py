@@ -8,6 +8,7 @@ below pin what it must not guess; experts are multiplied inside ``shard_map`` (m
 import math
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -103,15 +104,20 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def like_params(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+def like_params(
+    tree: PyTree, params: PyTree, mesh: Mesh, others: Mapping[str, PyTree] = MappingProxyType({})
+) -> PyTree:
     """Shardings for a state tree: leaves that mirror a parameter (by path suffix and shape) follow it, others replicate.
 
     Optimizer moments carry the parameters' paths below their own, so the longest matching suffix names the parameter.
+    ``others`` are parameters of other models, by the path below which leaves follow those.
     """
-    known = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    by_name = lambda params: {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    own, elsewhere = by_name(params), {prefix: by_name(params) for prefix, params in others.items()}
 
     def place(path, leaf):
         name = path_name(path)
+        known = next((names for prefix, names in elsewhere.items() if name.startswith(prefix)), own)
         for start in (0, *(m.end() for m in re.finditer("/", name))):
             if known.get(name[start:]) == leaf.shape:
                 return NamedSharding(mesh, param_spec(name[start:], leaf.shape, mesh))
