@@ -61,8 +61,7 @@ def get_config(arg: str = "") -> Config:
     # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
     # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
     config.weights = ""
-    # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
-    config.tokenizer = "embedded"
+    config.tokenizer = "embedded"  # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
