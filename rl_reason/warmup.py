@@ -15,8 +15,8 @@ from rl_reason.loop import supervised
 from rl_reason.models import hf_files, hf_weights
 
 MADE_BY = (
-    *("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py"),
-    "cache.py",
+    *("models", "data", "tasks", "build.py", "sharding.py", "warmup.py", "cache.py"),
+    *("loop/supervised.py", "loop/update.py", "loop/optimizer.py", "loop/partition.py"),
 )
 
 
@@ -28,19 +28,12 @@ class WarmedUp(typing.NamedTuple):
     cached: bool
 
 
-class Initial(typing.NamedTuple):
-    """Parameters, and where they lie in the checkpoint that they are from."""
-
-    params: PyTree
-    layout: hf_weights.Layout | None
-
-
 def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
     parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
-    parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
-    parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
+    parts |= {key: config.optimizer[key] for key in ("b1", "b2", "eps", "mu_dtype", "grad_clip")}
+    parts |= dict(seed=config.seed, tokenizer=experiment.tokenizer.fingerprint)
     if config.weights:
         parts |= dict(weights=hf_files.identity(config.weights))
     warm = build.warmup_source(config, experiment.tokenizer)
@@ -48,17 +41,19 @@ def fingerprint(experiment: build.Experiment) -> str:
     return cache.fingerprint(parts, MADE_BY)
 
 
-def initial(experiment: build.Experiment, on_tensor: hf_weights.OnTensor = lambda done, total: None) -> Initial:
+def initial(
+    experiment: build.Experiment, on_tensor: hf_weights.OnTensor = lambda done, total: None
+) -> hf_weights.Loaded:
     """Parameters before any training: random, or those of ``config.weights``, of which ``on_tensor`` hears.
 
     Raises:
         WeightsError: a checkpoint that is not whole, or of another model.
     """
     if not experiment.config.weights:
-        return Initial(build.init_params(experiment), None)
+        return hf_weights.Loaded(build.init_params(experiment), [], [])
     model = experiment.parts.model
     shardings = sharding.param_shardings(hf_weights.shapes_of(model), experiment.mesh)
-    return Initial(*hf_weights.read(experiment.config.weights, model, shardings, on_tensor))
+    return hf_weights.read(experiment.config.weights, model, shardings, on_tensor)
 
 
 def warm_up(
