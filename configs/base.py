@@ -59,12 +59,12 @@ def get_config(arg: str = "") -> Config:
         remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
     # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
-    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    # and warmup.num_steps is 0 unless the command line asks for some.
     config.weights = ""
-    # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
-    config.tokenizer = "embedded"
+    config.tokenizer = "embedded"  # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
+    config.topology = ""  # the TPU slice that it is meant for, as "v5p:4x4x4"; experiments.compile checks that it fits
     config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1)
 
     config.data = dict(
@@ -263,5 +263,6 @@ def _paper(config: Config) -> None:
     paper.model(config, "Qwen2-7B-Instruct")
     paper.data(config, **paper.GSM8K_AND_MATH, **paper.GSM8K_AND_MATH_TEST, prompt_len=1024, completion_len=1024)
     paper.batch(config, prompts=1024, group_size=5, minibatches=4, num_steps=210)  # 15 epochs of 14,973 prompts
+    paper.layout(config, "v6e:4x8")
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     config.regularisers.kl = dict(estimator="k3", coef=0.001, how="token_mean", divisor=1.0)

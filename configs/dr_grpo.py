@@ -33,6 +33,7 @@ def _paper(config: Config) -> None:
     paper.data(config, files=files, **paper.MATH_500, prompt_len=1024, completion_len=3000)
     # Updates of 128 completions; 20 epochs of some 8,500 prompts.
     paper.batch(config, prompts=128, group_size=8, minibatches=8, num_steps=1320)
+    paper.layout(config, "v6e:4x4")
     # b2 and no weight decay are oat's defaults (oat/args.py); its constant rate has no warm-up.
     paper.optimizer(config, learning_rate=1e-6, warmup_steps=0, decay="constant", weight_decay=0.0, b2=0.95)
     config.aggregation.policy = term("sum", divisor=3000.0)  # generate_max_length

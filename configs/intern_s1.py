@@ -61,14 +61,16 @@ def _paper(config: Config) -> None:
     paper.data(config, files=files, **paper.AIME, prompt_len=2048, completion_len=32768)
     config.data.references = True
     paper.batch(config, prompts=512, group_size=8, minibatches=8, num_steps=600)  # 4096 completions a step
+    paper.layout(config, "v5p:4x8x8", expert=16, tensor=4)
     # Weight decay and betas: guess.
     paper.optimizer(config, learning_rate=5e-7, warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
     config.optimizer.skip_above_norm = 0.3
     # CompassVerifier-7B and POLAR-7B, but in the policy's own tokens: here judges read what the policy writes, in graph.
     untrained = dict(num_steps=0, steps_per_call=1, batch_size=1, learning_rate=0.0)
+    frozen = dict(param_dtype="bfloat16")
     config.models = dict(
-        judge=dict(tasks=("science",), model=JUDGES["CompassVerifier-7B"], **untrained),
-        preference=dict(tasks=("open_ended",), focal_gamma=2.0, model=JUDGES["POLAR-7B"], **untrained),
+        judge=dict(tasks=("science",), model=JUDGES["CompassVerifier-7B"] | frozen, **untrained),
+        preference=dict(tasks=("open_ended",), focal_gamma=2.0, model=JUDGES["POLAR-7B"] | frozen, **untrained),
     )
     config.reward.kinds = ("rule", "preference", "judge")  # of the files' sources, in alphabetical order
 

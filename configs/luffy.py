@@ -59,6 +59,7 @@ def _paper(config: Config) -> None:
     config.data.update(demonstration_key="target", max_demonstration_len_tokens=8192)
     # Minibatches of 64 prompts. The script has 30 epochs, 10,700 steps; the paper reports some 500: guess.
     paper.batch(config, prompts=128, group_size=8, minibatches=2, num_steps=500)
+    paper.layout(config, "v6e:4x8")
     paper.optimizer(config, learning_rate=1e-6, warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
     config.aggregation = dict(policy=term("sum", divisor=8192.0))
 

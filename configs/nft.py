@@ -41,5 +41,6 @@ def _paper(config: Config) -> None:
     paper.data(config, files=files, **paper.AIME, prompt_len=512, completion_len=3584)
     # Minibatches of 32 prompts; some 5,000 updates, by the paper as we remember it: guess.
     paper.batch(config, prompts=512, group_size=16, minibatches=16, num_steps=320)
+    paper.layout(config, "v6e:4x8")
     paper.dynamic_sampling(config, generated_prompts=1536)
     paper.optimizer(config, **paper.DAPO_ADAMW)  # the same values

@@ -1,13 +1,15 @@
-"""What every ``:paper`` variant says, in four calls; a config then adds its method's own values. Pure data.
+"""What every ``:paper`` variant says, in five calls; a config then adds its method's own values. Pure data.
 
-``:paper`` is the paper's own model, data, batch, lengths, optimizer and method values. It needs the checkpoint's tokenizer
-and the files it names; reading Hugging Face tokenizers and checkpoints comes later (``configs/models.py``), and until then
-these variants are traced by tests and not run. Nothing has a default here that a paper would report.
+``:paper`` is the paper's own model, data, batch, lengths, optimizer and method values. It needs the checkpoint's folder
+with its tokenizer, and the files of data that it names; without those it is traced by tests and not run. Nothing has a
+default here that a paper would report.
 
-What is not the papers': held-out answers are sampled as in training, where most papers lower temperature and top-p; prompts
-are rendered by ``data.chat`` (plain), not by the checkpoint's chat template; answers are compared by
-``rl_reason.tasks.math_answer`` in place of each repository's grader. How the work is laid out on devices (mesh, slots,
-microbatches, workers) changes no result, and all of it is a guess.
+Prompts are chats, rendered by the checkpoint's own template, as verl and xtuner do for every model, base models too; that
+the papers with other code do so is a guess.
+
+What is not the papers': held-out answers are sampled as in training, where most papers lower temperature and top-p; answers
+are compared by ``rl_reason.tasks.math_answer`` in place of each repository's grader. How the work is laid out on devices
+(mesh, slots, microbatches, workers) changes no result, and all of it is a guess.
 """
 
 import typing
@@ -33,15 +35,15 @@ DAPO_ADAMW: Values = dict(learning_rate=1e-6, warmup_steps=10, decay="constant",
 
 
 def model(config: Config, name: str) -> None:
-    """A published model's shapes and tokenizer, cut over all devices, in bfloat16 with weights in float32."""
+    """A published model's shapes, tokenizer and chat template, cut over all devices, in bfloat16 with weights in float32."""
     config.model.update(
         MODELS[name], dtype="bfloat16", param_dtype="float32", scan_layers=True, scan_decode=True, remat="full"
     )
     config.weights = config.tokenizer = f"checkpoints/{name}"
+    config.data.chat = "template"
     config.warmup.update(tasks=(), levels=(), num_steps=0)
     config.router.update(balance_coef=0.0)  # off in RL, as in xtuner's and slime's configs
-    config.mesh.update(data=1, fsdp=-1)  # row shards must divide the prompts of a minibatch: guess 32 for most
-    config.rollout.update(num_slots=512, check_every=8, prefill_rows=64)
+    config.rollout.check_every = 8
     config.steps_per_call = 1  # a step takes minutes
 
 
@@ -85,9 +87,22 @@ def batch(config: Config, *, prompts: int, group_size: int, minibatches: int, nu
         train_group_size=group_size,
         max_rounds=1,
         minibatches=minibatches,
-        microbatch_rows=64,
     )
     config.num_steps = num_steps
+
+
+def layout(
+    config: Config, topology: str, *, slots: int = 512, prefill: int = 64, microbatch: int = 64, **mesh: int
+) -> None:
+    """The slice that a step compiles for and fits (docs/ahead_of_time.md), and how it is laid out there. No paper's values.
+
+    Row shards (fsdp times expert) divide the prompts of a minibatch: 32 for most. ``slots`` decode at a time, ``prefill``
+    prompts and ``microbatch`` rows pass the model at a time.
+    """
+    config.topology = topology
+    config.mesh.update(dict(data=1, fsdp=-1, tensor=1, expert=1) | mesh)
+    config.rollout.update(num_slots=slots, prefill_rows=prefill)
+    config.batch.microbatch_rows = microbatch
 
 
 def dynamic_sampling(config: Config, *, generated_prompts: int) -> None:
@@ -131,5 +146,6 @@ def entropy_mechanism(config: Config) -> None:
     # Minibatches of 32 prompts; 300 steps are the 2400 updates of the paper's law study: guess.
     batch(config, prompts=256, group_size=8, minibatches=8, num_steps=300)
     dynamic_sampling(config, generated_prompts=768)  # 3 times what is trained on, as in DAPO's script: guess
+    layout(config, "v6e:4x8")
     # 5e-7 in their fork, 1e-6 in verl's recipe. The warm-up is not in our notes of the script: guess.
     optimizer(config, learning_rate=5e-7, warmup_steps=0, decay="constant", weight_decay=0.0, b2=0.999)

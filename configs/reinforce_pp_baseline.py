@@ -27,4 +27,5 @@ def _paper(config: Config) -> None:
     paper.model(config, "Qwen2-7B-Instruct")
     paper.data(config, **paper.GSM8K_AND_MATH, **paper.GSM8K_AND_MATH_TEST, prompt_len=1024, completion_len=1024)
     paper.batch(config, prompts=1024, group_size=8, minibatches=1, num_steps=210)  # 15 epochs of 14,973 prompts
+    paper.layout(config, "v6e:4x8")
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=3e-6)

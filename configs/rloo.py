@@ -28,4 +28,5 @@ def _paper(config: Config) -> None:
     files: paper.Values = dict(files=("data/gsm8k/train.parquet",), heldout_files=("data/gsm8k/test.parquet",))
     paper.data(config, **files, num_prompts=1024, num_samples=1, prompt_len=512, completion_len=1024)
     paper.batch(config, prompts=1024, group_size=5, minibatches=4, num_steps=105)  # 15 epochs of 7,473 prompts
+    paper.layout(config, "v6e:4x8")
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)

@@ -71,6 +71,7 @@ def _paper(config: Config) -> None:
     paper.data(config, **files, num_prompts=638, num_samples=2, prompt_len=2048, completion_len=3072)
     config.data.max_reference_len_tokens = 128  # guess; answers of this data are short
     paper.batch(config, prompts=768, group_size=8, minibatches=4, num_steps=320)  # their best checkpoint, issue 16
+    paper.layout(config, "v6e:4x8")
     config.batch.update(max_rounds=10, waiting_prompts=768)  # guess; the authors sample until the batch is full
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     tags: paper.Values = dict(answer_open="<answer>", pad_with_space=True)

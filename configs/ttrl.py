@@ -64,9 +64,9 @@ def _paper(config: Config) -> None:
     paper.data(config, **files, num_prompts=30, num_samples=16, prompt_len=512, completion_len=3072)  # mean@16
     # Batches of 8, the remainder dropped, 80 times over; minibatches of one question.
     paper.batch(config, prompts=8, group_size=64, minibatches=8, num_steps=240)
-    config.batch.update(train_group_size=32, microbatch_rows=32)
+    # A minibatch of one prompt cannot be cut over rows, so weights are cut over 4 KV heads.
+    paper.layout(config, "v5p:2x2x1", microbatch=8, fsdp=1, tensor=-1)
+    config.batch.train_group_size = 32
     # 3% warm-up; cosine to 0.
     paper.optimizer(config, learning_rate=5e-7, warmup_steps=7, decay="cosine", weight_decay=0.01, b2=0.999)
-    # A minibatch of one prompt cannot be cut over rows, so weights are cut over 4 KV heads: guess, a v5p of 4 chips.
-    config.mesh.update(fsdp=1, tensor=-1)
     config.evaluation.every = 2

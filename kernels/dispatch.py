@@ -45,6 +45,13 @@ def result(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.Shap
     return jax.eval_shape(lambda *operands: varying(jnp.zeros(shape, dtype), *operands), *operands)
 
 
+def platform() -> str:
+    """What a program traced now is for, "cpu", "gpu" or "tpu": by the mesh in use, whose devices need not be here, else this
+    process's default. Where it is lowered, ``jax.lax.platform_dependent`` knows better."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def gpu() -> Any:
     """The GPU that a program traced now is for: that of a mesh in use (``jax.sharding.AbstractDevice``), else this
     process's first CUDA device; None where nothing tells."""

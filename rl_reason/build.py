@@ -206,8 +206,7 @@ def _prompt_widths(config: Config, plan: BatchPlan, judges: Mapping[str, judging
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names, or that of the checkpoint whose weights it takes; its prompts are chats where
-    ``config.data.chat`` is 'template'.
+    """The tokenizer that the config names; its prompts are chats where ``config.data.chat`` is 'template'.
 
     Raises:
         ValueError: when there is none that can be read, or no template.
@@ -217,11 +216,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
         chat = ChatSettings(data.system_prompt, dict(data.template_variables or {}))
     elif data.system_prompt or data.template_variables:
         raise ValueError("config.data.system_prompt and template_variables go with config.data.chat='template'.")
-    where = config.tokenizer
-    if where == "embedded" and config.get("weights", ""):
-        where = config.weights
     try:
-        return tokenizers.load(where, chat)
+        return tokenizers.load(config.tokenizer, chat)
     except ValueError as error:
         raise ValueError(f"config.tokenizer={config.tokenizer!r}: {error}") from error
 
@@ -350,14 +346,21 @@ def _stats(parts: Parts) -> dict[str, typing.Any]:
     return stats
 
 
+def param_shapes(model: ModelConfig) -> PyTree:
+    """A model's parameters, described."""
+    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+
+
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
-    """Where each part of the state lives: parameters by the table, moments and references like them, the rest everywhere."""
-    params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
+    """Where each part of the state lives: parameters by the table, moments, references and judges like them, the rest
+    everywhere."""
+    params = param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    return sharding.like_params(state, state.params, mesh)
+    judges = {f"models/{name}/": param_shapes(judge.model) for name, judge in parts.judges.items()}
+    return sharding.like_params(state, state.params, mesh, judges)
 
 
-def param_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
+def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
     """Shapes, types and shardings of a policy's parameters, without memory."""
 
     def init(key: Key[Array, ""]) -> PyTree:

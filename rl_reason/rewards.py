@@ -225,8 +225,10 @@ def check_callback_threads(rollout_bytes: int, mesh: Mesh) -> None:
     Raises:
         ValueError: with the environment variable to set.
     """
+    if mesh.devices.flat[0].platform != "cpu":  # not this process's: it may be compiling for others
+        return
     devices = mesh.local_mesh.size
-    if jax.default_backend() != "cpu" or devices == 1 or rollout_bytes // devices <= CALLBACK_LIMIT_BYTES:
+    if devices == 1 or rollout_bytes // devices <= CALLBACK_LIMIT_BYTES:
         return
     wanted = devices + (os.cpu_count() or 1)
     if int(os.environ.get("NPROC", 0)) < wanted:

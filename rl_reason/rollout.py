@@ -21,7 +21,7 @@ from rl_reason.models.attention import keep_keys_values
 from rl_reason.models.cached_attention import attend_cached
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sampling import Sampling
-from rl_reason.sharding import constrain_cache, constrain_rows, make_resident
+from rl_reason.sharding import ROWS, constrain, constrain_rows, heads_axis, make_resident
 from rl_reason.types import Prompts, Rollout, struct
 
 LAYOUTS = "train", "decode"
@@ -104,13 +104,16 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
         x = x.reshape(shards, chunks, rows // shards, *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(chunks, rows, *x.shape[3:])
 
-    _, cache = jax.lax.scan(lambda _, chunk: (None, run(*chunk)), None, (cut(tokens), cut(prompts.prompt_len)))
+    def fill(cache, chunk):  # in its place: stacked and then joined, prompts would be in memory twice
+        index, *prompts = chunk
+        put = lambda x, new: x.at[:, :, index].set(new.reshape(new.shape[0], shards, -1, *new.shape[2:]))
+        return jax.tree.map(put, cache, run(*prompts)), None
 
-    def join(x):  # [chunks L rows ...] -> [L B ...]
-        x = x.reshape(chunks, x.shape[1], shards, rows // shards, *x.shape[3:])
-        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], batch, *x.shape[4:])
-
-    return jax.tree.map(join, cache)
+    shape = (config.num_layers, shards, chunks, rows // shards, width, config.num_kv_heads, config.head_dim)
+    empty = constrain(jnp.zeros(shape, config.dtype), None, ROWS, None, None, None, heads_axis(config.num_kv_heads))
+    parts = jnp.arange(chunks), cut(tokens), cut(prompts.prompt_len)
+    cache, _ = jax.lax.scan(fill, (empty, empty), parts)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], batch, *x.shape[4:]), cache)
 
 
 def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
@@ -178,13 +181,14 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         row = jnp.where(where, slots.row, buffer.shape[1])
         return jax.vmap(lambda b, r, v: b.at[r].set(v, mode="drop"))(buffer, row, value)
 
+    recorded = written.expert_ids
     return _Written(
         tokens=put(written.tokens, token),
         rollout_logprobs=put(written.rollout_logprobs, full),
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None if written.expert_ids is None else put(written.expert_ids, experts),
+        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
     )
 
 
@@ -252,10 +256,12 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     longest = max((len(s) for s in rollout.stop_sequences), default=1)
     shape = (rollout.num_slots, length, config.num_kv_heads, config.head_dim)
     if config.scan_decode:
-        empty = constrain_cache(jnp.zeros((config.num_layers, *shape), config.dtype), stack=1)
+        empty = constrain(
+            jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads_axis(config.num_kv_heads)
+        )
         cache: PyTree = (empty, empty)
     else:
-        empty = constrain_cache(jnp.zeros(shape, config.dtype))
+        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, heads_axis(config.num_kv_heads))
         cache = [(empty, empty) for _ in range(config.num_layers)]
     idle = _Slots(
         row=jnp.full((shards, width), rows, jnp.int32),
@@ -268,13 +274,14 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     )
     buffer = jnp.zeros((shards, rows, length), dtype)
     chosen = (shards, rows, length, config.num_layers, config.experts_per_token)
+    narrow = jnp.int8 if config.num_experts <= 128 else jnp.int16  # they are many: layers times top-k a token
     written = _Written(
         tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
         rollout_logprobs=buffer,
         sampled_logprobs=buffer,
         length=jnp.zeros((shards, rows), jnp.int32),
         truncated=jnp.zeros((shards, rows), bool),
-        expert_ids=jnp.zeros(chosen, jnp.int32) if rollout.record_experts else None,
+        expert_ids=jnp.zeros(chosen, narrow) if rollout.record_experts else None,
     )
     slots, written = constrain_rows((slots, written))
     return _Loop(slots, next_row, written, cache, jnp.int32(0))
@@ -373,7 +380,8 @@ def generate(
     )
     cast = lambda tree: jax.tree.map(lambda x: x.astype(config.dtype), tree)  # once, not at every token
     place = make_resident if rollout.layout == "decode" else lambda tree: tree
-    prompt_cache = constrain_cache(prefill(place(cast(params)), prompts, config, rollout), stack=1)
+    prompt_cache = prefill(place(cast(params)), prompts, config, rollout)
+    prompt_cache = constrain(prompt_cache, None, ROWS, None, heads_axis(config.num_kv_heads))
     layers = params["layers"]
     merge = lora.merged if rollout.merge_adapters else lambda layers: layers
     if config.scan_decode:

@@ -8,6 +8,7 @@ below pin what it must not guess; experts are multiplied inside ``shard_map`` (m
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -142,15 +143,20 @@ def bytes_per_device(
     return {path_name(path): size for path, size in jax.tree_util.tree_leaves_with_path(sizes)}
 
 
-def like_params(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+def like_params(
+    tree: PyTree, params: PyTree, mesh: Mesh, others: Mapping[str, PyTree] = MappingProxyType({})
+) -> PyTree:
     """Shardings for a state tree: leaves that mirror a parameter (by path suffix and shape) follow it, others replicate.
 
     Optimizer moments carry the parameters' paths below their own, so the longest matching suffix names the parameter.
+    ``others`` are parameters of other models, by the path below which leaves follow those.
     """
-    known = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    by_name = lambda params: {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    own, elsewhere = by_name(params), {prefix: by_name(params) for prefix, params in others.items()}
 
     def place(path, leaf):
         name = path_name(path)
+        known = next((names for prefix, names in elsewhere.items() if name.startswith(prefix)), own)
         for start in (0, *(m.end() for m in re.finditer("/", name))):
             if known.get(name[start:]) == leaf.shape:
                 return NamedSharding(mesh, param_spec(name[start:], leaf.shape, mesh))
@@ -167,16 +173,11 @@ def constrain(x: PyTree, *spec) -> PyTree:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P(*spec)), x)
 
 
-def cuts_heads(num_heads: int) -> bool:
-    """Whether the ``tensor`` axis of the mesh in use divides so many attention heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and num_heads % mesh.shape["tensor"] == 0
-
-
-def constrain_cache(cache: PyTree, stack: int = 0) -> PyTree:
-    """Cuts keys and values [(L) rows positions KV hd] by rows, and by heads where ``tensor`` divides them."""
-    cut = all(cuts_heads(x.shape[-2]) for x in jax.tree.leaves(cache))
-    return constrain(cache, *(None,) * stack, ROWS, None, "tensor" if cut else None)
+def heads_axis(num_heads: int) -> str | None:
+    """The axis of the mesh in use that cuts attention heads, ``tensor``, as it cuts the projections that make them; None
+    where it does not divide them."""
+    ways = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+    return "tensor" if num_heads % ways == 0 else None
 
 
 def constrain_rows(x: PyTree) -> PyTree:

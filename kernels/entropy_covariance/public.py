@@ -110,7 +110,7 @@ def token_statistics(
 
 def _choose(rows: int, vocab: int) -> str:
     """By what one device holds; see the measurements in the module docstring."""
-    platform = jax.default_backend()
+    platform = dispatch.platform()
     if rows * vocab * 4 <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
         return "reference"
     return "row_blocks_xla" if platform == "cpu" and vocab <= ROW_BLOCKS_VOCAB else "chunked_xla"

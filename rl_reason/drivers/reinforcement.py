@@ -74,7 +74,7 @@ def make_stream(experiment: build.Experiment, rows: range):
     )
 
 
-def make_engine(experiment: build.Experiment, host_verifier: rewards.HostVerifier) -> Engine:
+def make_engine(experiment: build.Experiment, host_verifier: rewards.ScoreRows) -> Engine:
     """The composition that ``config.verify`` names."""
     parts, plan, mode = experiment.parts, experiment.parts.plan, experiment.config.verify
     if mode == "graph":

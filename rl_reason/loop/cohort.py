@@ -239,7 +239,7 @@ class Cohort:
             made = {name: functools.partial(fn, parts) for name, parts in policies.items()}
             return {name: jax.jit(_named(f, f"{word}_{name}"), **kwargs) for name, f in made.items()}
 
-        self._draw, self._learn = compiled(draw, "draw"), compiled(learn, "learn", donate_argnums=0)
+        self.draw, self.learn = compiled(draw, "draw", keep_unused=True), compiled(learn, "learn", donate_argnums=0)
 
         def together(said):
             if isinstance(read, Read):
@@ -271,7 +271,7 @@ class Cohort:
         return Advanced(states, metrics | over_policies(self._names, metrics), sampled, timing)
 
     def _step(self, states: States, batch: Mapping[str, Prompts], sampling: Sampling, clock: Clock):
-        drawn = {name: self._draw[name](states[name], batch[name], sampling) for name in self._names}
+        drawn = {name: self.draw[name](states[name], batch[name], sampling) for name in self._names}
         jax.block_until_ready(drawn)
         clock.mark("gen")
         said = {name: of for name, (_, _, of) in drawn.items()} if self._ask is None else self._asked(drawn, batch)
@@ -281,7 +281,7 @@ class Cohort:
         for name in self._names:
             rollout, decode_steps, _ = drawn.pop(name)
             given = (batch[name], rollout, decode_steps, verdicts[name], rewards[name], sampling)
-            learned[name], own, sampled[name] = self._learn[name](states[name], *given)
+            learned[name], own, sampled[name] = self.learn[name](states[name], *given)
             metrics |= {f"{name}/{key}": value for key, value in own.items()}
         return learned, (metrics, sampled)
 

@@ -31,6 +31,44 @@ class Advanced(typing.NamedTuple):
     timing: dict[str, float]
 
 
+class Programs(typing.NamedTuple):
+    """What a split step runs on devices. The last four are for filters that sample in several rounds."""
+
+    draw: Callable
+    learn: Callable
+    judge: Callable
+    train: Callable
+    merge: Callable
+    count: Callable
+    line_up: Callable
+    close: Callable
+
+
+def split_programs(parts: Parts) -> Programs:
+    """Each a ``jax.jit``, not yet compiled. Nothing that a drawing state holds is dropped from it, used or not: the compiler
+    then knows how little memory is left."""
+
+    def draw(state, prompts, sampling):
+        return sample_phase(parts, state, prompts, sampling)
+
+    def learn(state, prompts, rollout, verdicts, decode_steps, sampling):
+        return learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)
+
+    def train(state, selected, sampling):
+        return train_phase(parts, state, selected, sampling)
+
+    return Programs(
+        draw=jax.jit(draw, keep_unused=True),
+        learn=jax.jit(learn, donate_argnums=0),
+        judge=jax.jit(lambda state, *drawn: judge(parts, state, *drawn), keep_unused=True),
+        train=jax.jit(train, donate_argnums=0),
+        merge=jax.jit(lambda so_far, new: merge(parts, so_far, new)),
+        count=jax.jit(kept_groups),
+        line_up=jax.jit(lambda stats, prompts: line_up(parts, stats, prompts)),
+        close=jax.jit(lambda gathered, drawn: close(parts, gathered, drawn)),
+    )
+
+
 class Fused:
     """K steps a call as one program, verdicts included."""
 
@@ -39,12 +77,12 @@ class Fused:
     pending: PyTree = None
 
     def __init__(self, parts: Parts, verify: Verify):
-        self._chunk = jax.jit(make_chunk(parts, verify), donate_argnums=0)
+        self.chunk = jax.jit(make_chunk(parts, verify), donate_argnums=0)
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; ``state`` is consumed."""
         began = time.perf_counter()
-        state, out = self._chunk(state, prompts, sampling)
+        state, out = self.chunk(state, prompts, sampling)
         metrics, sampled = processes.to_host(out)
         steps = prompts.prompt_len.shape[0]
         return Advanced(state, metrics, sampled, {"step": (time.perf_counter() - began) / steps})
@@ -62,29 +100,12 @@ class Split:
     def __init__(self, parts: Parts, verifier: ScoreRows, mesh: jax.sharding.Mesh, *, overlap: bool):
         self._parts, self._verifier, self._mesh, self.draws_ahead = parts, verifier, mesh, overlap
         self._group_size = parts.plan.group_size
-
-        def draw(state, prompts, sampling):
-            return sample_phase(parts, state, prompts, sampling)
-
-        def learn(state, prompts, rollout, verdicts, decode_steps, sampling):
-            return learn_phase(parts, state, prompts, rollout, verdicts, decode_steps, sampling)
-
-        def train(state, selected, sampling):
-            return train_phase(parts, state, selected, sampling)
-
-        self._draw = jax.jit(draw)
-        self._learn, self._train = jax.jit(learn, donate_argnums=0), jax.jit(train, donate_argnums=0)
-        # For filters that sample in several rounds.
-        self._judge = jax.jit(lambda state, *drawn: judge(parts, state, *drawn))
-        self._merge = jax.jit(lambda so_far, new: merge(parts, so_far, new))
-        self._count = jax.jit(kept_groups)
-        self._line_up = jax.jit(lambda stats, prompts: line_up(parts, stats, prompts))
-        self._close = jax.jit(lambda gathered, drawn: close(parts, gathered, drawn))
+        self.run = split_programs(parts)
         self.pending: PyTree = None
 
     def prime(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> None:
         """Draws the first batch ahead, from ``prompts`` [B ...]; for engines with ``draws_ahead``."""
-        self.pending = (prompts, *self._draw(state, prompts, sampling))
+        self.pending = (prompts, *self.run.draw(state, prompts, sampling))
 
     def advance(self, state: TrainState, prompts: Prompts, sampling: Sampling) -> Advanced:
         """Runs as many steps as ``prompts`` has leading entries; overlapped, those are the next steps' batches."""
@@ -94,7 +115,7 @@ class Split:
         return Advanced(state, metrics, sampled, timing)
 
     def _step(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
-        drawn = (batch, *self._draw(state, batch, sampling))
+        drawn = (batch, *self.run.draw(state, batch, sampling))
         if self.draws_ahead:
             drawn, self.pending = self.pending, drawn
         batch, rollout, decode_steps = drawn
@@ -102,7 +123,7 @@ class Split:
         clock.mark("gen")
         verdicts = self._score(batch, rollout)
         clock.mark("reward")
-        state, metrics, sampled = self._learn(state, batch, rollout, verdicts, decode_steps, sampling)
+        state, metrics, sampled = self.run.learn(state, batch, rollout, verdicts, decode_steps, sampling)
         return state, (metrics, sampled)
 
     def _step_in_rounds(self, state: TrainState, batch: Prompts, sampling: Sampling, clock: "Clock"):
@@ -110,28 +131,28 @@ class Split:
         plan = self._parts.plan
         gathered: Round | None = None
         stats = state.stats
-        rounds = self._line_up(stats, batch)
+        rounds = self.run.line_up(stats, batch)
         for index in range(plan.max_rounds):
             drawn = jax.tree.map(lambda x, index=index: x[index], rounds)
             current = dataclasses.replace(state, stats=stats)
-            rollout, decode_steps = self._draw(current, drawn, sampling)
+            rollout, decode_steps = self.run.draw(current, drawn, sampling)
             jax.block_until_ready(rollout.tokens)
             clock.mark("gen")
             verdicts = self._score(drawn, rollout)
             clock.mark("reward")
-            new = self._judge(current, drawn, rollout, verdicts, decode_steps, sampling)
+            new = self.run.judge(current, drawn, rollout, verdicts, decode_steps, sampling)
             if gathered is None:
                 empty = nothing_yet(self._parts, new)
                 gathered = empty._replace(selected=empty.selected._replace(stats=stats))
-            gathered = typing.cast(Round, self._merge(gathered, new))
+            gathered = typing.cast(Round, self.run.merge(gathered, new))
             stats = gathered.selected.stats
-            if int(self._count(gathered)) >= plan.prompts_per_step:
+            if int(self.run.count(gathered)) >= plan.prompts_per_step:
                 break
         assert gathered is not None
-        selected, metrics = self._close(gathered, rounds)
+        selected, metrics = self.run.close(gathered, rounds)
         # The state is donated: statistics that it shares with what was gathered must be arrays of their own.
         selected = selected._replace(stats=jax.tree.map(jnp.copy, selected.stats))
-        state, trained = self._train(state, selected, sampling)
+        state, trained = self.run.train(state, selected, sampling)
         return state, (metrics | trained, gathered.sampled)
 
     def _score(self, batch: Prompts, rollout) -> Verdicts:

@@ -5,11 +5,14 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from kernels import dispatch
 from rl_reason.models import splash
 
-QUERY_BLOCK = 1024  # queries scored at a time in longer rows: scores are never [T, T] there
+LONG_ROW = 1024  # tokens up to which a row's scores are made all at once
+SCORES_BYTES = 2**28  # of fp32 scores that a longer row has at a time; over heads, were none cut over devices
+SPANS = 4  # of a longer row's queries, each of which reads the columns up to its own end
 
 
 @typing.runtime_checkable
@@ -46,14 +49,14 @@ def causal_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = segments is None and soft_cap is None and (window is None or isinstance(window, int))
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and plain:
+    if dispatch.platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and plain:
         seen = None if window is None else (window - 1, 0)
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
         return attend(q, k, v, scale=scale, local_window_size=seen), None
-    if isinstance(window, jax.Array) or splash.unfit(*q.shape[1:4:2]):
-        return _by_xla(q, k, v, segments, window, scale, soft_cap), None
-    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     how = dict(scale=scale, soft_cap=soft_cap)
+    if isinstance(window, jax.Array) or splash.unfit(*q.shape[1:4:2]):
+        return _by_xla(q, k, v, segments, window=window, **how), None
+    # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *(q, k, v, segments),
         tpu=functools.partial(splash.attention, window=window, **how),
@@ -61,33 +64,79 @@ def causal_attention(
     ), None
 
 
-def _by_xla(q, k, v, segments, window, scale, soft_cap):
+def _by_xla(q, k, v, segments, **how):
     width = q.shape[1]
-    if width <= QUERY_BLOCK:
-        return _attend(q, k, v, segments, 0, 0, window, scale, soft_cap)
-    # Blocks of queries, each against the columns that it can see, and computed again for the gradient.
-    blocks = []
-    for start in range(0, width, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, width)
-        first = max(0, start - window + 1) if isinstance(window, int) else 0
-        block = jax.checkpoint(functools.partial(_attend, start=start, first=first, scale=scale, soft_cap=soft_cap))
+    if width <= LONG_ROW:
+        return _attend(q, k, v, segments, segments, jnp.arange(width), jnp.arange(width), **how)
+    # Spans of queries, each against the columns up to its end: with four of them a fifth of the products is for nothing.
+    span = width if isinstance(how["window"], int) else -(-width // SPANS)
+    parts = []
+    for start in range(0, width, span):
+        end = min(start + span, width)
         seen = None if segments is None else segments[:, :end]
-        blocks.append(block(q[:, start:end], k[:, first:end], v[:, first:end], seen, window=window))
-    return jnp.concatenate(blocks, axis=1)
+        parts.append(_in_blocks(q[:, start:end], k[:, :end], v[:, :end], seen, start, **how))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _in_blocks(
+    q: Float[Array, "N Q H hd"],
+    k: Float[Array, "N S KV hd"],
+    v: Float[Array, "N S KV hd"],
+    segments: Int[Array, "N S"] | None,
+    start: int,
+    *,
+    window: int | Int[Array, ""] | None,
+    scale: float,
+    soft_cap: float | None,
+) -> Float[Array, "N Q H hd"]:
+    """Queries of the columns from ``start`` on, some at a time, computed again for the gradient: scores are never [Q S].
+
+    With a static window a block reads the columns that it can see alone.
+    """
+    queries, columns = q.shape[1], k.shape[1]
+    block = min(queries, max(8, SCORES_BYTES // (4 * q.shape[2] * columns) // 8 * 8))
+    blocks = -(-queries // block)
+    width = min(columns, block + window - 1) if isinstance(window, int) else columns
+
+    def cut(x: Array) -> Array:  # [N Q ...] -> [blocks N block ...]
+        x = jnp.pad(x, ((0, 0), (0, blocks * block - queries), *((0, 0),) * (x.ndim - 2)), mode="edge")
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, block, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(of_block):
+        own, own_segments, index = of_block
+        begin = start + index * block
+        first = jnp.clip(begin + block - width, 0, columns - width) if width < columns else 0
+        read = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=1) if width < columns else x
+        their_segments = None if segments is None else read(segments)
+        # What fills up the last block sees what the last query does: something, so that its gradient is no NaN.
+        query = jnp.minimum(begin + jnp.arange(block), columns - 1)
+        return _attend(
+            *(own, read(k), read(v), own_segments, their_segments, query, first + jnp.arange(width)),
+            window=window,
+            scale=scale,
+            soft_cap=soft_cap,
+        )
+
+    own_segments = None if segments is None else cut(segments[:, start:])
+    out = jax.lax.map(one, (cut(q), own_segments, jnp.arange(blocks)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * block, *q.shape[2:])[:, :queries]
 
 
 def _attend(
     q: Float[Array, "N Q H hd"],
     k: Float[Array, "N S KV hd"],
     v: Float[Array, "N S KV hd"],
-    segments: Int[Array, "N E"] | None,
-    start: int,
-    first: int,
+    own_segments: Int[Array, "N Q"] | None,
+    segments: Int[Array, "N S"] | None,
+    query: Int[Array, " Q"],
+    column: Int[Array, " S"],
+    *,
     window: int | Int[Array, ""] | None,
     scale: float,
     soft_cap: float | None,
 ) -> Float[Array, "N Q H hd"]:
-    """Queries of the columns from ``start`` on against keys of the columns from ``first`` on."""
+    """Queries against keys, which of a row's columns those are given as numbers."""
     rows, width, heads, head_dim = q.shape
     columns, kv_heads = k.shape[1:3]
     groups = heads // kv_heads
@@ -100,22 +149,17 @@ def _attend(
     scores = jnp.einsum("bqh,bsh->bqs", q, k, preferred_element_type=accumulate) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    seen = _seen(start, width, first, columns, window)[None]
-    if segments is not None:
-        same = segments[:, start:, None] == segments[:, None, first:]
-        seen = jnp.repeat(seen & same, kv_heads, axis=0)
+    seen = (column <= query[:, None])[None]  # up to its own, and the last ``window`` of those
+    if window is not None:
+        seen &= column > query[:, None] - window
+    if own_segments is not None and segments is not None:
+        seen = jnp.repeat(seen & (own_segments[:, :, None] == segments[:, None, :]), kv_heads, axis=0)
     scores = jnp.where(jnp.tile(seen, (1, groups, 1)), scores, -jnp.inf)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     context = jnp.einsum("bqs,bsh->bqh", weights.astype(v.dtype), v, preferred_element_type=accumulate)
     context = (context / weights.sum(-1, keepdims=True)).astype(v.dtype)
     context = context.reshape(rows, kv_heads, groups, width, head_dim).transpose(0, 3, 1, 2, 4)
     return context.reshape(rows, width, heads, head_dim)
-
-
-def _seen(start: int, width: int, first: int, columns: int, window: int | Int[Array, ""] | None) -> Bool[Array, "Q S"]:
-    """Which columns each query sees: up to its own, and the last ``window`` of those."""
-    query, column = jnp.arange(start, start + width)[:, None], jnp.arange(first, first + columns)
-    return (column <= query) if window is None else (column <= query) & (column > query - window)
 
 
 def packed_attention(segments: Int[Array, "N T"]) -> AttendRows:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import dispatch
 from kernels.decode_attention import decode_attention, write_cache
-from rl_reason.sharding import ROWS, cuts_heads, num_row_shards
+from rl_reason.sharding import ROWS, heads_axis, num_row_shards
 
 
 def attend_cached(
@@ -45,8 +45,8 @@ def attend_cached(
     heads, kv_heads = q.shape[1], k.shape[1]
     ways = mesh.shape["tensor"]
     share = heads % ways == 0 and ways % kv_heads == 0  # several devices read the same key head
-    cut_kv = "tensor" if cuts_heads(kv_heads) else None
-    queries = P(ROWS, "tensor" if cut_kv or share else None)
+    cut_kv = heads_axis(kv_heads)
+    queries = P(ROWS, "tensor" if share else cut_kv)
     new, stack = P(ROWS, cut_kv), () if layer is None else (None,)
     caches, rows = P(*stack, ROWS, None, cut_kv), P(ROWS)
     own = functools.partial(run, num_shards=1, devices_a_head=ways // kv_heads if share and not cut_kv else 0)

@@ -4,13 +4,17 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs.models import MODELS
-from rl_reason import build
+from rl_reason import build, sharding
+from rl_reason.ahead import topology
+from rl_reason.ahead.stand_in import stand_in
+from rl_reason.batch import BatchPlan
 from rl_reason.data.packing import packed_stream
 from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rl_reason.loop import cohort, preference, supervised
@@ -52,31 +56,20 @@ PUBLISHED = {
     "gemma-3-4b-pt": (3.88e9, 3.88e9),  # its language model: 4.30 less the vision tower
     "Mixtral-8x7B-v0.1": (46.7e9, 12.9e9),
 }
-SOURCES = ("mathematics", "open_ended", "science")  # Intern-S1's reward goes by these
 num_params = functools.cache(transformer.num_params)
+
+
+def load_on_one_device(name):
+    """configs/<name>.py:paper, for a mesh of one device."""
+    config = load_config(name, "paper")
+    config.mesh.update(data=1, fsdp=1, tensor=1, expert=1)
+    return config
 
 
 @pytest.fixture
 def paper(tmp_path):
-    """Loads configs/<name>.py:paper, with a row of data of each kind and the embedded tokenizer in place of its own."""
-
-    def load(name):
-        config = load_config(name, "paper")
-        column = config.data.demonstration_key or "worked"
-        paths = []
-        for number, split in enumerate(("train", "heldout")):
-            path = tmp_path / f"{split}.jsonl"
-            rows = [
-                dict(prompt=f"{number}+{k}=", answer="1", data_source=source, extra_info=dict(split="train"))
-                for k, source in enumerate(SOURCES)
-            ]
-            path.write_text("".join(json.dumps(row | {column: f"{number}+1####1"}) + "\n" for row in rows))
-            paths.append(str(path))
-        config.tokenizer = "embedded"
-        config.data.update(files=(paths[0],), heldout_files=(paths[1],), answer_key="answer")
-        return config
-
-    return load
+    """Loads configs/<name>.py:paper, with data and the embedded tokenizer in place of its own."""
+    return lambda name: stand_in(load_on_one_device(name), tmp_path)[0]
 
 
 def described(tree):
@@ -84,8 +77,7 @@ def described(tree):
 
 
 def abstract_state(parts):
-    params = jax.eval_shape(functools.partial(transformer.init, config=parts.model), jax.random.key(0))
-    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
+    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), build.param_shapes(parts.model))
 
 
 def test_every_rl_config_has_its_paper():
@@ -106,14 +98,37 @@ def test_only_base_adds_keys(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_says_what_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config(name, "paper")
+    config = load_on_one_device(name)
     with pytest.raises(
         ValueError, match=r"config\.tokenizer='checkpoints/.*': no file or folder 'checkpoints/.*'; give 'embedded'"
     ):
         build.build(config, one_device())
-    config.tokenizer = "embedded"
+    config.tokenizer, config.data.chat = "embedded", "plain"
     with pytest.raises(ValueError, match=f"data.files: no file '{config.data.files[0]}'"):
         build.build(config, one_device())
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_names_a_slice_that_it_divides_over(name):
+    """Of chips that there are; prompts, rows and slots over row shards. Whether it fits says experiments.compile."""
+    if "paper" not in importlib.import_module(f"configs.{name}").ARGS:
+        pytest.skip("no paper")
+    config = load_config(name, "paper")
+    generation, shape = topology.parse(config.topology)
+    assert shape in generation.slices
+    devices, sizes = math.prod(shape) * generation.devices_per_chip, dict(config.mesh)
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    assert devices % rest == 0
+    sizes = {axis: devices // rest if size == -1 else size for axis, size in sizes.items()}
+    row_shards = math.prod(sizes[axis] for axis in sharding.ROWS)
+    plan = BatchPlan(**config.batch, row_shards=1 if config.loop == "preference" else row_shards)
+    prefill = min(config.rollout.prefill_rows, plan.generated_prompts)
+    assert plan.generated_prompts % prefill == prefill % row_shards == 0
+    assert config.rollout.num_slots % row_shards == 0
+    assert config.model.num_kv_heads % sizes["tensor"] == 0
+    assert not sizes["expert"] > 1 or config.model.num_experts % sizes["expert"] == 0
+    pairs = config.preference
+    assert config.loop != "preference" or pairs.pairs_per_step % (pairs.microbatches * row_shards) == 0
 
 
 @pytest.mark.parametrize("name", RL)
@@ -187,12 +202,12 @@ def test_a_vocabulary_is_the_tokenizers_or_more():
 
 def test_air_traces(tmp_path):
     """The only one that learns from pairs: one update of its batch, by shapes."""
-    config = load_config("air", "paper")
+    config = load_on_one_device("air")
     with pytest.raises(ValueError, match="no file or folder"):
         build.build(config, one_device())
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")
-    config.tokenizer, config.preference.files = "embedded", (str(file),)
+    config.tokenizer, config.data.chat, config.preference.files = "embedded", "plain", (str(file),)
     experiment = build.build(config, one_device())
     assert experiment.pairs is not None
     rows, width = config.preference.pairs_per_step, 512 + 1536
@@ -209,13 +224,11 @@ def test_air_traces(tmp_path):
 
 def test_rlccf_traces(paper):
     """Four policies of their own sizes and tokenizers: a draw, the vote and an update of each, by shapes."""
-    config = load_config("rlccf", "paper")
+    config = load_on_one_device("rlccf")
     assert len({own.tokenizer for own in config.cohort.values() if "tokenizer" in own} | {config.tokenizer}) == 4
     with pytest.raises(ValueError, match=r"config\.tokenizer='checkpoints/Qwen2\.5-7B': no file there"):
         build.build(config, one_device())
     config = paper("rlccf")
-    for own in config.cohort.values():
-        own.tokenizer = "embedded"
     experiment = build.build(config, one_device())
     plan, prompts = experiment.parts.plan, prompts_like(experiment.parts)
     sampling, vote = experiment.sampling, experiment.parts.slots["reward"]

@@ -18,7 +18,7 @@ FLOORS = [  # ground first; a room (a module or a folder) may import lower floor
     "loop",
     "build",
     "evaluate warmup judges drivers",
-    "pair_data subjects",
+    "pair_data subjects ahead",
     "train bench",
 ]
 FLOOR = {f"rl_reason.{room}": height for height, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rl_reason import sharding
+from rl_reason import build, sharding
 from rl_reason.models import transformer
 from rl_reason.sharding import FSDP
 from tests.support import MOE, config_names, load_config, tiny_model
@@ -103,3 +103,16 @@ def test_optimizer_moments_lie_like_their_parameters():
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.arange(4)
     assert sharding.constrain_rows({"x": x})["x"] is x
+
+
+def test_judges_lie_like_parameters_of_their_own_shapes():
+    """Dense models of other widths beside a mixture: none of their matrices is whole on a device."""
+    config = load_config("intern_s1")
+    config.mesh.update(data=1, fsdp=2, tensor=2)
+    experiment = build.build(config, jax.devices()[:4])
+    placed = build.state_shardings(experiment.parts, experiment.mesh).models
+    for name, judge in experiment.parts.judges.items():
+        params = sharding.param_shardings(build.param_shapes(judge.model), experiment.mesh)
+        found = placed[name]["params"]
+        assert specs_of(found.get("backbone", found)) == specs_of(params)
+    assert placed["judge"]["params"]["embed"].spec == P("tensor", "fsdp")
