@@ -254,14 +254,14 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     shards, rows = queue.keys.shape
     width, length = rollout.num_slots // shards, rollout.completion_len
     longest = max((len(s) for s in rollout.stop_sequences), default=1)
-    shape = (rollout.num_slots, length, config.num_kv_heads, config.head_dim)
+    shape, heads = (rollout.num_slots, length, config.num_kv_heads, config.head_dim), heads_axis(config.num_kv_heads)
     if config.scan_decode:
         empty = constrain(
             jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads_axis(config.num_kv_heads)
         )
         cache: PyTree = (empty, empty)
     else:
-        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, heads_axis(config.num_kv_heads))
+        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, heads)
         cache = [(empty, empty) for _ in range(config.num_layers)]
     idle = _Slots(
         row=jnp.full((shards, width), rows, jnp.int32),

@@ -2,7 +2,7 @@
 
 Over a mesh each device multiplies the rows of its own experts, inside ``shard_map``, where kernels may be used. Rows are cut
 over data, fsdp and expert; the devices along ``expert`` gather each other's tokens, each takes those that chose its experts,
-and the sums go home by a reduce-scatter (docs/adr/0008). Weights are gathered over ``fsdp`` where they are used, unless they
+and the sums go home by a reduce-scatter (docs/adr/0010). Weights are gathered over ``fsdp`` where they are used, unless they
 lie so already, and their gradients reduced and scattered; over ``tensor`` the size of an expert is cut, and the parts of the
 sum are added. Both passes are written out, so that no collective stands inside the loop over own rows, and so that the
 backward pass keeps nothing but the operands: it gathers, sorts and multiplies again, as it would under ``jax.checkpoint``.
