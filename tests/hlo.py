@@ -10,8 +10,9 @@ _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations|call
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
 
 
-def collectives(text: str) -> dict[tuple[int, str, str], tuple[int, int]]:
+def collectives(text: str | None) -> dict[tuple[int, str, str], tuple[int, int]]:
     """(while loops around, kind, shape) to (how many, bytes of the result of each on one device)."""
+    assert text is not None
     starts = [(m.group(1), m.start()) for m in _COMPUTATION.finditer(text)]
     ends = [start for _, start in starts[1:]] + [len(text)]
     bodies = {name: text[start:end] for (name, start), end in zip(starts, ends, strict=True)}

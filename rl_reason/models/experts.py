@@ -55,7 +55,8 @@ def apply_experts(
         )
     missing = -len(x) % num_row_shards(mesh)
     padded = lambda a, filler: jnp.pad(a, ((0, missing), (0, 0)), constant_values=filler) if missing else a
-    return _sharded(mesh, padded(x, 0), padded(weights, 0), padded(expert_ids, -1), experts)[: len(x)]
+    out = _sharded(mesh, padded(x, 0), padded(weights, 0), padded(expert_ids, -1), experts)
+    return typing.cast(Array, out)[: len(x)]
 
 
 def _mixture(x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
@@ -96,20 +97,20 @@ def _backward(mesh: AbstractMesh, operands: tuple, g: Array) -> tuple:
         return _send_home(d_x, used), _send_home(d_weights, used), d_experts
 
     rows = P(ROWS)
-    specs = dict(in_specs=(rows, rows, rows, rows, used), out_specs=(rows, rows, stored))
-    d_x, d_weights, d_experts = jax.shard_map(body, mesh=mesh, **specs)(g, *operands)
+    given, found = (rows, rows, rows, rows, used), (rows, rows, stored)
+    d_x, d_weights, d_experts = jax.shard_map(body, mesh=mesh, in_specs=given, out_specs=found)(g, *operands)
     return d_x, d_weights, None, d_experts
 
 
 _sharded.defvjp(lambda mesh, *operands: (_sharded(mesh, *operands), operands), _backward)
 
 
-def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[Experts, Experts]:
-    """How the weights of one layer are stored, by the table, and how they lie where they are used: without fsdp."""
+def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[typing.Any, typing.Any]:
+    """How the weights of one layer are stored, by the table, and how they lie where they are used: without fsdp; specs."""
     names = (f"layers/moe/{name}" for name in Experts._fields)
     stored = [param_spec(name, (1, *w.shape), mesh)[1:] for name, w in zip(names, experts, strict=True)]
     used = [[None if axis == "fsdp" else axis for axis in spec] for spec in stored]
-    return Experts(*(P(*spec) for spec in stored)), Experts(*(P(*spec) for spec in used))
+    return Experts._make(P(*spec) for spec in stored), Experts._make(P(*spec) for spec in used)
 
 
 def _meet(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array, Array, Array, Experts]:
@@ -162,7 +163,7 @@ def _in_turns_backward(
         choices, group_sizes = turn(i)
         tokens = choices // ids.shape[1]
         of_turn = x[tokens], weights.reshape(-1)[choices], experts
-        pull = jax.vjp(lambda *operands: _weighted(*operands, group_sizes), *of_turn)[1]
+        pull = jax.vjp(lambda rows, weights, experts: _weighted(rows, weights, experts, group_sizes), *of_turn)[1]
         more_x, more_weights, more_experts = pull(g[tokens])
         return (
             d_x.at[tokens].add(more_x.astype(d_x.dtype)),
