@@ -194,10 +194,20 @@ def get_config(arg: str = "") -> Config:
         b1=0.9,
         b2=0.99,
         eps=1e-8,
+        mu_dtype=config_dict.placeholder(str),  # of first moments, "bfloat16" halves them; None: as the updates, fp32
         grad_clip=1.0,
         skip_above_norm=0.0,  # updates whose gradient norm, before clipping, is larger are skipped and counted; 0: none
         frozen=(),  # parameters that do not learn after the warm-up, by patterns of their paths, as ("router",)
         max_skipped_in_a_row=10,  # updates with a non-finite gradient, before the run stops
+    )
+
+    # Adapters that learn in place of the parameters, from the end of the warm-up on; rank 0: none. All kernels and alpha 32
+    # are those of thinkingmachines.ai/blog/lora, where the best rates are ten times those of full training.
+    config.lora = dict(
+        rank=0,
+        alpha=32.0,  # W + alpha / rank A B
+        targets=("attention", "mlp"),  # patterns of the kernels' paths, as "attention/(q|v)"
+        merge_to_sample=True,  # into the weights once a rollout; False: more exact, and slower at every token
     )
 
     config.evaluation = dict(

@@ -31,7 +31,7 @@ if typing.TYPE_CHECKING:
 DEFAULT_PROMPTS = 256  # of tasks; a file is read whole
 # Sections whose keys are a function's own hyperparameters, or that sampling does not read.
 NOT_READ = ("reward", "selection", "advantages", "correction", "objective", "aggregation", "regularisers")
-READ = ("seed", "model", "tokenizer", "mesh", "data", "rollout", "evaluation", "verifier")
+READ = ("seed", "model", "tokenizer", "mesh", "data", "rollout", "lora", "evaluation", "verifier")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,17 +2,17 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from configs.common import Config
-from rl_reason import aggregation, checks, judging, members, sharding, slots
+from rl_reason import aggregation, checks, judging, learning, members, sharding, slots
 from rl_reason import rollout as rollout_lib
 from rl_reason.batch import BatchPlan
 from rl_reason.data import tokenizer as tokenizers
@@ -21,11 +21,13 @@ from rl_reason.data.schema import TEMPLATE
 from rl_reason.data.sources import Source, make_source
 from rl_reason.data.tokenizer import Tokenizer
 from rl_reason.loop import cohort, pair_parts, token_reward, waiting
+from rl_reason.loop.optimizer import init_optimizer
 from rl_reason.loop.pair_parts import PairParts
+from rl_reason.loop.partition import split
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.loop.waiting import PromptWidths
-from rl_reason.models import transformer
+from rl_reason.models import lora, transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sampling import Sampling, make_sampling
@@ -41,7 +43,8 @@ NOT_OF_SOURCES = (  # keys of config.data that say how examples are made into to
     "system_prompt",
     "template_variables",
 )
-TOKEN_REWARD_KEY, JUDGES_KEY = 0x70, 0x71  # keep what they draw apart from everything else drawn from the root
+# Keep what they draw apart from everything else drawn from the root.
+TOKEN_REWARD_KEY, JUDGES_KEY, LORA_KEY = 0x70, 0x71, 0x72
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     plan = BatchPlan(**config.batch, row_shards=sharding.num_row_shards(mesh))
     rollout = rollout_config(config, tokenizer, mesh, plan.num_samples, config.rollout.num_slots)
     rollout = dataclasses.replace(rollout, record_experts=_replays(config, plan))
+    adapters, frozen = learning.adapters(config.lora.to_dict(), model), learning.frozen(config.optimizer.frozen, model)
     rollout_lib.check(rollout, plan.generated_prompts)
     if config.verify == "overlapped" and plan.in_rounds:
         raise ValueError(
@@ -133,7 +137,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     reduced = config.aggregation.to_dict()
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
-    schedule = rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
+    schedule = learning.rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
     judges = judging.described(config.models or {}, model, train.names, tokenizer)
     parts = Parts(
         model=model,
@@ -141,9 +145,10 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         plan=plan,
         prompt_widths=_prompt_widths(config, plan, judges),
         slots=_slots(config),
-        optimizer=adamw(o, schedule),
+        optimizer=learning.adamw(o, schedule),
         schedule=schedule,
-        frozen=_frozen(o["frozen"], model),
+        frozen=frozen if adapters is None else lora.FROZEN,
+        lora=adapters,
         skip_above_norm=o["skip_above_norm"],
         aggregation=reduced,
         regularisers=config.regularisers.to_dict(),
@@ -164,9 +169,10 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     )
     supervised = dataclasses.replace(
         parts,
-        optimizer=adamw({**o, "weight_decay": w.weight_decay, "frozen": ()}, warm_schedule),
+        optimizer=learning.adamw({**o, "weight_decay": w.weight_decay}, warm_schedule),
         schedule=warm_schedule,
         frozen=(),
+        lora=None,
         skip_above_norm=0.0,
     )
     policies = {name: build(own, devices) for name, own in members.configs(config).items()}
@@ -200,8 +206,7 @@ def _prompt_widths(config: Config, plan: BatchPlan, judges: Mapping[str, judging
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names, or that of the checkpoint whose weights it takes; its prompts are chats where
-    ``config.data.chat`` is 'template'.
+    """The tokenizer that the config names; its prompts are chats where ``config.data.chat`` is 'template'.
 
     Raises:
         ValueError: when there is none that can be read, or no template.
@@ -211,11 +216,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
         chat = ChatSettings(data.system_prompt, dict(data.template_variables or {}))
     elif data.system_prompt or data.template_variables:
         raise ValueError("config.data.system_prompt and template_variables go with config.data.chat='template'.")
-    where = config.tokenizer
-    if where == "embedded" and config.get("weights", ""):
-        where = config.weights
     try:
-        return tokenizers.load(where, chat)
+        return tokenizers.load(config.tokenizer, chat)
     except ValueError as error:
         raise ValueError(f"config.tokenizer={config.tokenizer!r}: {error}") from error
 
@@ -273,42 +275,7 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
             *(tuple(tokenizer.encode(text)) for text in r.stop),
         ),
         num_shards=sharding.num_row_shards(mesh),
-    )
-
-
-def rl_schedule(o: Mapping[str, typing.Any], total_updates: int) -> Callable:
-    """A rate of 0 while frozen, linear warm-up, then constant, or cosine or linear decay to ``lr_end_fraction`` of
-    the rate over the run's updates."""
-    frozen = o.get("frozen_updates", 0)
-    if frozen:
-        later = rl_schedule({**o, "frozen_updates": 0}, total_updates - frozen)
-        return optax.join_schedules([optax.constant_schedule(0.0), later], [frozen])
-    warm = min(o["lr_warmup_updates"], max(total_updates - 1, 0))
-    rate, end, rest = o["learning_rate"], o["lr_end_fraction"], max(total_updates - warm, 1)
-    if not 0 <= end <= 1:
-        raise ValueError(f"config.optimizer.lr_end_fraction={end} is not in 0..1.")
-    decays = {
-        "constant": optax.constant_schedule(rate),
-        "cosine": optax.cosine_decay_schedule(rate, rest, alpha=end),
-        "linear": optax.linear_schedule(rate, end * rate, rest),
-    }
-    if o["lr_decay"] not in decays:
-        raise ValueError(f"config.optimizer.lr_decay={o['lr_decay']!r}; there are {', '.join(decays)}.")
-    if warm == 0:
-        return decays[o["lr_decay"]]
-    return optax.join_schedules([optax.linear_schedule(rate / warm, rate, warm), decays[o["lr_decay"]]], [warm])
-
-
-def adamw(o: Mapping[str, typing.Any], schedule: Callable) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; decay spares norms and biases (one-dimensional per layer), and what is frozen."""
-    spared = ("norm", "bias$", *o["frozen"])
-
-    def decays(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not sharding.path_matches(path, spared), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(o["grad_clip"]),
-        optax.adamw(schedule, b1=o["b1"], b2=o["b2"], eps=o["eps"], weight_decay=o["weight_decay"], mask=decays),
+        merge_adapters=config.lora.merge_to_sample,
     )
 
 
@@ -327,35 +294,18 @@ def _replays(config: Config, plan: BatchPlan) -> bool:
     return True
 
 
-def _frozen(patterns: Sequence[str], model: ModelConfig) -> tuple[str, ...]:
-    """The patterns of ``config.optimizer.frozen``; each has to match a parameter, and one has to be left to learn.
-
-    Raises:
-        ValueError: with the parameters there are.
-    """
-    shapes = param_shapes(model)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    for pattern in patterns:
-        if not any(sharding.path_matches(path, [pattern]) for path in paths):
-            raise ValueError(
-                f"config.optimizer.frozen: {pattern!r} matches no parameter"
-                f"{' (a dense model has no router: set model.num_experts)' if pattern == 'router' else ''}; "
-                f"there are {', '.join(map(sharding.path_name, paths))}."
-            )
-    if all(sharding.path_matches(path, patterns) for path in paths):
-        raise ValueError(f"config.optimizer.frozen={tuple(patterns)} leaves no parameter to learn.")
-    return tuple(patterns)
-
-
 def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
-    """A state at step 0 around given parameters."""
+    """A state at step 0 around given parameters, with fresh adapters where those learn."""
+    models = _new_models(parts, params, seed)
+    if parts.lora is not None:
+        params = lora.add(jax.random.fold_in(jax.random.key(seed), LORA_KEY), params, parts.lora)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=parts.optimizer.init(params),
+        opt_state=init_optimizer(parts.optimizer, split(params, parts.frozen)[0]),
         key=jax.random.key(seed),
-        ref_params=jax.tree.map(jnp.copy, params) if parts.needs_reference else None,
-        models=_new_models(parts, params, seed),
+        ref_params=jax.tree.map(jnp.copy, params) if parts.keeps_reference else None,
+        models=models,
         stats=_stats(parts),
     )
 
@@ -380,7 +330,7 @@ def _token_reward(config: Config, model: ModelConfig) -> TokenReward | None:
     if set(own) != {"learning_rate"}:
         raise ValueError(f"config.token_reward has keys {sorted(own)}; it takes exactly learning_rate.")
     o = config.optimizer.to_dict()
-    return TokenReward(model, adamw(o, optax.constant_schedule(own["learning_rate"])))
+    return TokenReward(model, learning.adamw(o, optax.constant_schedule(own["learning_rate"])))
 
 
 def _stats(parts: Parts) -> dict[str, typing.Any]:
@@ -395,7 +345,7 @@ def _stats(parts: Parts) -> dict[str, typing.Any]:
     return stats
 
 
-def param_shapes(model: ModelConfig) -> PyTree:
+def model_shapes(model: ModelConfig) -> PyTree:
     """A model's parameters, described."""
     return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
 
@@ -403,19 +353,30 @@ def param_shapes(model: ModelConfig) -> PyTree:
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     """Where each part of the state lives: parameters by the table, moments, references and judges like them, the rest
     everywhere."""
-    params = param_shapes(parts.model)
+    params = model_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    judges = {f"models/{name}/": param_shapes(judge.model) for name, judge in parts.judges.items()}
-    return sharding.like_params(state, params, mesh, judges)
+    judges = {f"models/{name}/": model_shapes(judge.model) for name, judge in parts.judges.items()}
+    return sharding.like_params(state, state.params, mesh, judges)
+
+
+def param_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
+    """Shapes, types and shardings of a policy's parameters, without memory."""
+
+    def init(key: Key[Array, ""]) -> PyTree:
+        params = transformer.init(key, model)
+        return params if adapters is None else lora.add(key, params, adapters)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(placed, shapes, sharding.param_shardings(shapes, mesh))
 
 
 def init_params(experiment: Experiment) -> PyTree:
     """Random parameters, born sharded; the same whatever the mesh."""
     parts, mesh = experiment.parts, experiment.mesh
+    places = jax.tree.map(lambda x: x.sharding, param_shapes(parts.model, None, mesh))
     init = lambda key: transformer.init(key, parts.model)
-    key = jax.random.key(experiment.config.seed)
-    shapes = jax.eval_shape(init, key)
-    return jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))(key)
+    return jax.jit(init, out_shardings=places)(jax.random.key(experiment.config.seed))
 
 
 def init_state(experiment: Experiment, parts: Parts, params: PyTree) -> TrainState:

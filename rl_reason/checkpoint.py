@@ -11,6 +11,8 @@ from jaxtyping import PyTree
 
 from rl_reason import processes
 
+BASE = "base"  # beside the steps: parameters that none of them holds, because adapters learn in their place
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or does not fit."""
@@ -45,7 +47,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=False, step_prefix="step"
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+        self._directory = pathlib.Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, tree: PyTree, extra: Mapping[str, typing.Any]) -> None:
         """Saves arrays and JSON as one checkpoint; returns when it is committed."""
@@ -89,6 +92,24 @@ class Checkpoints:
             ) from error
         return _rebuild(restored, like)
 
+    def save_base(self, tree: PyTree) -> None:
+        """Saves what no step changes, once."""
+        save_tree(self._directory / BASE, tree)
+
+    def restore_base(self, like: PyTree) -> PyTree:
+        """What ``save_base`` saved, in the shapes, dtypes and shardings of ``like``.
+
+        Raises:
+            CheckpointError: when it is not there, or is of another model.
+        """
+        path = self._directory / BASE
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing: adapters mean nothing without it. Put it back, or start again.")
+        try:
+            return restore_tree(path, like)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} does not fit this config's model: {str(error)[:500]}") from error
+
     def close(self) -> None:
         """Waits for writes."""
         self._manager.close()
@@ -110,6 +131,32 @@ def restore_tree(path: pathlib.Path, like: PyTree) -> PyTree:
     """What ``save_tree`` wrote, in the structure and shardings of ``like``."""
     with ocp.StandardCheckpointer() as checkpointer:
         return _rebuild(checkpointer.restore(path.absolute(), _plain(_abstract(like))), like)
+
+
+def restore_named(path: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some arrays of a saved tree by the names of their paths (``keystr``); nothing else of it is read or touched.
+
+    Raises:
+        CheckpointError: arrays that are not there, or have other shapes.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found: typing.Any = checkpointer.metadata(path).item_metadata
+        wrong = [
+            f"{name} is {tuple(found[name].shape) if name in found else 'not there'}, the config's is {leaf.shape}"
+            for name, leaf in wanted.items()
+            if name not in found or tuple(found[name].shape) != leaf.shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{path} does not fit the model of the run's config.json: {'; '.join(wrong[:3])}"
+                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the config.json of its run."
+            )
+        arguments = ocp.args.PyTreeRestore(
+            item=dict(wanted),
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        return checkpointer.restore(path, args=arguments)
 
 
 def host_copy(tree: PyTree) -> PyTree:

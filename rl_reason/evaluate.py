@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
-from rl_reason import build, processes, sharding
-from rl_reason.checkpoint import CheckpointError
+from rl_reason import build, learning, processes, sharding
+from rl_reason.checkpoint import BASE, CheckpointError, restore_named
 from rl_reason.data.example import Example, Source
 from rl_reason.data.stream import prompt_stream, prompt_tokens
 from rl_reason.data.tokenizer import Tokenizer
-from rl_reason.models import transformer
+from rl_reason.models import lora
+from rl_reason.models.lora import Lora
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import generate
 from rl_reason.sampling import Sampling
@@ -39,6 +40,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     model: ModelConfig
+    lora: Lora | None
 
 
 def setup_of(config: build.Config, devices: list | None = None) -> Setup:
@@ -49,7 +51,8 @@ def setup_of(config: build.Config, devices: list | None = None) -> Setup:
     """
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     tokenizer = build.load_tokenizer(config)
-    return Setup(config, mesh, tokenizer, build.model_config(config, tokenizer))
+    model = build.model_config(config, tokenizer)
+    return Setup(config, mesh, tokenizer, model, learning.adapters(config.lora.to_dict(), model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Evaluator:
         """
         setup = experiment
         if isinstance(setup, build.Experiment):
-            setup = Setup(setup.config, setup.mesh, setup.tokenizer, setup.parts.model)
+            setup = Setup(setup.config, setup.mesh, setup.tokenizer, setup.parts.model, setup.parts.lora)
         config, mesh, model = setup.config, setup.mesh, setup.model
         calls, batch, slots = calls_of(num_prompts, prompts_per_call, num_samples, num_slots, mesh)
         if prompt_len is None:
@@ -209,39 +212,22 @@ def restore_policy(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise CheckpointError(f"{directory} holds no step {step}; it has {', '.join(map(str, steps))}.")
-    shapes = jax.eval_shape(lambda key: transformer.init(key, setup.model), jax.random.key(0))
-    placed = sharding.param_shardings(shapes, setup.mesh)
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
-    return step, _restore_params(directory.absolute() / f"step_{step}" / "state", template, policy)
+    return step, _restore_params(directory.absolute(), step, setup, policy)
 
 
-def _restore_params(path: pathlib.Path, template: PyTree, policy: str | None) -> PyTree:
+def _restore_params(directory: pathlib.Path, step: int, setup: Setup, policy: str | None) -> PyTree:
     """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths. Of a cohort there
-    is a TrainState by policy.
-    """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+    is a TrainState by policy; of adapters the base lies apart."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(build.param_shapes(setup.model, setup.lora, setup.mesh))
     which = () if policy is None else (jax.tree_util.DictKey(policy),)
-    prefix = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
-    wanted = {jax.tree_util.keystr((*prefix, *path)): leaf for path, leaf in paths}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found: typing.Any = checkpointer.metadata(path).item_metadata
-        wrong = [
-            f"{name} is {tuple(found[name].shape) if name in found else 'not there'}, the config's is {leaf.shape}"
-            for name, leaf in wanted.items()
-            if name not in found or tuple(found[name].shape) != leaf.shape
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{path} does not fit the model of the run's config.json: {'; '.join(wrong[:3])}"
-                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the config.json of its run."
-            )
-        arguments = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        restored = checkpointer.restore(path, args=arguments)
-    return jax.tree_util.tree_unflatten(treedef, [restored[name] for name in wanted])
+    in_state = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
+    apart = lambda path: setup.lora is not None and sharding.path_matches(path, [lora.BASE])
+    name = lambda path: jax.tree_util.keystr((*(which if apart(path) else in_state), *path))
+    found = {}
+    for folder, of_base in ((f"step_{step}/state", False), (BASE, True)):
+        if wanted := {name(path): leaf for path, leaf in paths if apart(path) == of_base}:
+            found |= restore_named(directory / folder, wanted)
+    return jax.tree_util.tree_unflatten(treedef, [found[name(path)] for path, _ in paths])
 
 
 def pass_at_k(correct: Sequence[float], k: int) -> float:

@@ -23,11 +23,12 @@ from rl_reason.data.example import Example, mix
 from rl_reason.data.sources import Source, load_task, make_source
 from rl_reason.data.stream import pad
 from rl_reason.judging import Cases, Judge, Preference, Verifier
+from rl_reason.loop.optimizer import init_optimizer, plain_step
 from rl_reason.models.reward_head import preference_losses
 from rl_reason.tasks.base import ANSWER_MARK, extract_answer
 from rl_reason.types import TrainState, on_host
 
-MADE_BY = ("models", "judging.py", "judges.py", "cache.py", "data", "tasks", "build.py")
+MADE_BY = ("models", "judging.py", "judges.py", "cache.py", "data", "tasks", "build.py", "loop/optimizer.py")
 NUM_HELDOUT = 512  # cases or pairs that a judge is measured on
 RIGHT, WRONG, UNUSABLE = range(3)
 DRAW = 0x5A  # keeps corruptions apart from the source's own randomness
@@ -95,11 +96,10 @@ def train(experiment: build.Experiment, name: str, params: PyTree, on_step: Call
     def step(carry, batch):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(lambda p: loss_of(judge, p, batch, own.get("focal_gamma", 0.0)))(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return plain_step(optimizer, params, opt_state, grads), loss
 
     chunk = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches))
-    carry = (params, optimizer.init(params))
+    carry = (params, init_optimizer(optimizer, params))
     for done in range(0, own["num_steps"], own["steps_per_call"]):
         drawn = [
             batch_of(experiment, judge, source, (done + k) * own["batch_size"], own["batch_size"])

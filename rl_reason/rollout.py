@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from kernels.decode_attention import decode_attention, write_cache
 from rl_reason import sampling as sampling_lib
-from rl_reason.models import rope, transformer
+from rl_reason.models import lora, rope, transformer
 from rl_reason.models.attention import keep_keys_values
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sampling import Sampling
@@ -41,6 +41,7 @@ class RolloutConfig:
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # token ids; each ends a completion as EOS does
     record_experts: bool = False  # of a mixture of experts: which experts each token that is fed was given to
     num_shards: int = 1  # pieces the rows are cut into; each has its own queue
+    merge_adapters: bool = True  # into the weights, so that decoding is as fast as without
 
 
 @struct
@@ -391,11 +392,16 @@ def generate(
         keys=by_shard(_row_keys(key, prompts, rollout.group_size).reshape(-1)),
         limit=by_shard(full if max_new_tokens is None else jnp.clip(max_new_tokens, 1, rollout.completion_len)),
     )
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, not at every token
-    prompt_cache = prefill(params, prompts, config, rollout)
-    if not config.scan_decode:  # one array a layer: a slice of a stack would be copied at every step
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(config.dtype), tree)  # once, not at every token
+    prompt_cache = prefill(cast(params), prompts, config, rollout)
+    layers = params["layers"]
+    merge = lora.merged if rollout.merge_adapters else lambda layers: layers
+    if config.scan_decode:
+        layers = merge(layers)
+    else:  # one array a layer: a slice of a stack would be copied at every step
         unstack = lambda tree: [transformer.layer(tree, i) for i in range(config.num_layers)]
-        params, prompt_cache = params | {"layers": unstack(params["layers"])}, unstack(prompt_cache)
+        layers, prompt_cache = [merge(layer) for layer in unstack(layers)], unstack(prompt_cache)
+    params = cast(params | {"layers": layers})
 
     step = _make_step(params, queue, prompt_cache, sampling, config, rollout)
     body = lambda loop: jax.lax.scan(step, loop, length=rollout.check_every)[0]

@@ -70,12 +70,16 @@ def train(session: Session) -> Summary | None:
         policies = subjects.policies_of(experiment)
         if saved is None:
             params = subjects.joined(experiment, {n: _warm_up(session, own, n) for n, own in policies.items()})
+            if experiment.parts.lora is not None:
+                checkpoints.save_base(params)
             trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
-            # Only a template, as are the judges: the checkpoint fills both.
+            # Only a template, as are the judges, unless adapters learn: the checkpoint fills both.
             params = subjects.joined(experiment, {name: build.init_params(own) for name, own in policies.items()})
+            if experiment.parts.lora is not None:
+                params = checkpoints.restore_base(params)
             trained = {}
             before = _read_before(session)
         driver = make_driver(session, params if saved is None else None)
@@ -233,7 +237,9 @@ class Training:
         self.driver.seek(extra["stream"])
         self.driver.prime(state)
         self.driver.seek(extra["stream"])
-        state, self.driver.pending = self.checkpoints.restore(saved, (state, self.driver.pending))
+        like = (self.driver.kept(state), self.driver.pending)
+        kept, self.driver.pending = self.checkpoints.restore(saved, like)
+        state = self.driver.around_base(kept, state)
         self.session.earlier_seconds = extra["wall_seconds"]
         if self.writer is not None and self.rollouts is not None:
             self.writer.truncate(rows=extra["metric_rows"])
@@ -277,7 +283,7 @@ class Training:
         extra = dict(
             stream=self.driver.position(), metric_rows=metric_rows, wall_seconds=self.session.wall_seconds, step=step
         )
-        self.checkpoints.save(step, (state, self.driver.pending), extra)
+        self.checkpoints.save(step, (self.driver.kept(state), self.driver.pending), extra)
         again = f"go on with --run={self.session.run.path} --resume"
         if broken:
             raise StoppedError(

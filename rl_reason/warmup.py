@@ -15,8 +15,8 @@ from rl_reason.loop import supervised
 from rl_reason.models import hf_files, hf_weights
 
 MADE_BY = (
-    *("models", "loop/supervised.py", "loop/update.py", "data", "tasks", "build.py", "sharding.py", "warmup.py"),
-    "cache.py",
+    *("models", "data", "tasks", "build.py", "sharding.py", "warmup.py", "cache.py"),
+    *("loop/supervised.py", "loop/update.py", "loop/optimizer.py", "loop/partition.py"),
 )
 
 
@@ -39,8 +39,8 @@ def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
     parts: dict[str, typing.Any] = {key: config[key].to_dict() for key in ("model", "data", "warmup")}
-    parts |= dict(seed=config.seed, b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps)
-    parts |= dict(grad_clip=config.optimizer.grad_clip, tokenizer=experiment.tokenizer.fingerprint)
+    parts |= {key: config.optimizer[key] for key in ("b1", "b2", "eps", "mu_dtype", "grad_clip")}
+    parts |= dict(seed=config.seed, tokenizer=experiment.tokenizer.fingerprint)
     if config.weights:
         parts |= dict(weights=hf_files.identity(config.weights))
     warm = build.warmup_source(config, experiment.tokenizer)

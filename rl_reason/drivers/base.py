@@ -1,6 +1,7 @@
 """What ``train`` asks of a loop, and what is the same for most of them."""
 
 import abc
+import dataclasses
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from jaxtyping import PyTree
 
 from rl_reason import build, processes, rewards
 from rl_reason.loop.engine import Advanced
+from rl_reason.loop.partition import join, split
+from rl_reason.models import lora
+from rl_reason.types import TrainState
 
 
 @typing.runtime_checkable
@@ -28,6 +32,10 @@ def run_chunk(chunk: Callable, state: PyTree, batches: PyTree, steps: int) -> Ad
     state, metrics = chunk(state, batches)
     metrics = processes.to_host(metrics)
     return Advanced(state, metrics, None, {"step": (time.perf_counter() - began) / steps})
+
+
+def _is_state(x: typing.Any) -> bool:
+    return isinstance(x, TrainState)
 
 
 class Driver(abc.ABC):
@@ -79,6 +87,20 @@ class Driver(abc.ABC):
     def policy(self, state: PyTree) -> PyTree:
         """The parameters to evaluate; of a cohort, by policy."""
         return state.params
+
+    def kept(self, state: PyTree) -> PyTree:
+        """What a checkpoint holds of a state: where adapters learn, nothing of the base."""
+        if self._experiment.parts.lora is None:
+            return state
+        adapters = lambda own: dataclasses.replace(own, params=split(own.params, [lora.BASE])[0])
+        return jax.tree.map(adapters, state, is_leaf=_is_state)
+
+    def around_base(self, kept: PyTree, state: PyTree) -> PyTree:
+        """What a checkpoint held, around the base of ``state``."""
+        if self._experiment.parts.lora is None:
+            return kept
+        whole = lambda a, b: dataclasses.replace(a, params=join(a.params, split(b.params, [lora.BASE])[1]))
+        return jax.tree.map(whole, kept, state, is_leaf=_is_state)
 
     def position(self) -> typing.Any:
         """Where the data is, as JSON."""

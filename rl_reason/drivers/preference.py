@@ -61,7 +61,7 @@ class Preference(Driver):
             sets["train"] = self._data
         self._set_reference({name: self._scores(params, data) for name, data in sets.items()})
         state = build.init_state(self._experiment, self._experiment.parts, params)
-        if self._settings.precompute_reference:
+        if self._settings.precompute_reference or self._experiment.parts.lora is not None:
             return state
         placed = jax.tree.map(lambda x: x.sharding, state.params)
         copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=placed)

@@ -5,14 +5,18 @@ import typing
 from collections.abc import Callable, Mapping
 
 import optax
+from jaxtyping import PyTree
 
 from rl_reason.batch import BatchPlan
 from rl_reason.judging import Judge
 from rl_reason.loop.token_reward import TokenReward
 from rl_reason.loop.waiting import PromptWidths
+from rl_reason.models import lora
+from rl_reason.models.lora import Lora
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.rollout import RolloutConfig
 from rl_reason.slots import Slot
+from rl_reason.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Parts:
     slots: Mapping[str, Slot | None]
     optimizer: optax.GradientTransformation
     schedule: Callable[[typing.Any], typing.Any]  # learning rate by update, for the metrics
-    frozen: tuple[str, ...]  # patterns of parameter paths that do not learn
+    frozen: tuple[str, ...]  # patterns of parameter paths that do not learn; with adapters all but these
+    lora: Lora | None  # adapters that learn in place of the parameters
     skip_above_norm: float  # updates with a larger gradient are skipped; 0: none
     aggregation: Mapping[str, Mapping[str, typing.Any]]
     regularisers: Mapping[str, Mapping[str, typing.Any] | None]
@@ -44,6 +49,10 @@ class Parts:
         return any(slot is not None and name in slot.wants for slot in self.slots.values())
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the frozen initial policy has to be kept."""
-        return self.wants("ref_logprobs") or self.wants("ref_params")
+    def keeps_reference(self) -> bool:
+        """Whether the initial policy has to be kept; adapters leave it as it was."""
+        return self.lora is None and (self.wants("ref_logprobs") or self.wants("ref_params"))
+
+    def reference(self, state: TrainState) -> PyTree | None:
+        """The frozen initial policy's parameters; None where there is no such."""
+        return lora.base(state.params) if self.lora is not None else state.ref_params

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rl_reason import processes
 from rl_reason.batch import in_pieces
+from rl_reason.loop.partition import join, split
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.update import apply_gradient, router_terms, streamed
 from rl_reason.models.moe import RouterStatistics
@@ -158,26 +159,30 @@ def loss_of_scores(
 def loss_and_gradient(
     parts: Parts, setting: PreferenceSetting, params: PyTree, pairs: Pairs
 ) -> tuple[Float[Array, ""], Metrics, PyTree]:
-    """Loss, metrics and gradient of a batch with reference log-probabilities, streamed over microbatches."""
-    run = functools.partial(setting.scores, parts.model)
+    """Loss, metrics and gradient of a batch with reference log-probabilities, streamed over microbatches.
+
+    The gradient is of what learns, see ``partition.split``.
+    """
+    learned, fixed = split(params, parts.frozen)
+    run = lambda learned, rows: setting.scores(parts.model, join(learned, fixed), rows)
     if setting.microbatches == 1:
 
-        def whole(params):
-            return loss_of_scores(parts, setting, run(params, pairs), pairs)
+        def whole(learned):
+            return loss_of_scores(parts, setting, run(learned, pairs), pairs)
 
-        (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(params)
+        (loss, metrics), grads = jax.value_and_grad(whole, has_aux=True)(learned)
         return loss, metrics, grads
 
     setting.check_divides(len(pairs.prompt_len))
     loss_of = lambda scores: loss_of_scores(parts, setting, scores, pairs)
-    return streamed(run, loss_of, params, pairs, setting.microbatches)
+    return streamed(run, loss_of, learned, pairs, setting.microbatches)
 
 
 def make_chunk(parts: Parts, setting: PreferenceSetting) -> Callable:
     """(state, batches [K M T]) -> (state, stacked metrics): K optimizer steps as one scan."""
 
     def step(state: TrainState, pairs: Pairs):
-        pairs = with_reference(parts, setting, state.ref_params, pairs)
+        pairs = with_reference(parts, setting, parts.reference(state), pairs)
         loss, metrics, grads = loss_and_gradient(parts, setting, state.params, pairs)
         state, applied = apply_gradient(parts, state, loss, grads)
         state = dataclasses.replace(state, step=state.step + 1)

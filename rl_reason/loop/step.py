@@ -70,7 +70,7 @@ def reward_phase(
 
     tools = dict(tokenizer=parts.tokenizer, score_logprobs=score_logprobs)
     if (baseline := parts.slots["baseline"]) is not None:
-        offered = dict(prompts=prompts, rollout=rollout, ref_params=state.ref_params) | tools
+        offered = dict(prompts=prompts, rollout=rollout, ref_params=parts.reference(state)) | tools
         prompts = dataclasses.replace(prompts, baseline=baseline(offered))
 
     out = reward(
@@ -81,7 +81,7 @@ def reward_phase(
             rollout=rollout,
             prompts=prompts,
             params=state.params,
-            ref_params=state.ref_params,
+            ref_params=parts.reference(state),
             models=state.models,
             stats=state.stats,
             key=_step_key(state, REWARD),
@@ -243,7 +243,7 @@ def _training_rows(
         old = _score_in_pieces(parts, state.params, rows, sampling.temperature)
     if parts.wants("ref_logprobs"):
         own = dataclasses.replace(rows, expert_ids=None)  # the reference is what it was: its routers choose
-        ref = _score_in_pieces(parts, state.ref_params, own, sampling.temperature)
+        ref = _score_in_pieces(parts, parts.reference(state), own, sampling.temperature)
     if parts.wants("token_scores") and parts.token_reward is not None:
         pieces = plan.pieces_of(rows.tokens.shape[0])
         token_rows = token_reward.Rows(rows.tokens, rows.row_mask, rows.prompt_len)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kernels.entropy_covariance import token_statistics
+from rl_reason.loop.partition import join, split
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.update import apply_gradient
 from rl_reason.masked import masked_mean
@@ -53,8 +54,9 @@ def make_chunk(parts: Parts) -> Callable:
     """(state, batches [K N T]) -> (state, stacked metrics): K optimizer steps as one scan."""
 
     def step(state: TrainState, batch: Demonstrations):
-        gradient = jax.value_and_grad(negative_log_likelihood, has_aux=True)
-        (loss, metrics), grads = gradient(state.params, batch, parts.model)
+        learned, fixed = split(state.params, parts.frozen)
+        loss_of = lambda learned: negative_log_likelihood(join(learned, fixed), batch, parts.model)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learned)
         state, applied = apply_gradient(parts, state, loss, grads)
         state = dataclasses.replace(state, step=state.step + 1)
         return state, metrics | applied

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason.batch import in_pieces
-from rl_reason.loop.guarded import optimizer_step
+from rl_reason.loop.optimizer import init_optimizer, optimizer_step, widened
 from rl_reason.masked import masked_mean
 from rl_reason.models import reward_head
 from rl_reason.models.transformer import ModelConfig
@@ -34,7 +34,7 @@ class TokenReward:
     def init(self, key: Key[Array, ""], policy: PyTree) -> dict[str, PyTree]:
         """{params, opt_state} around a copy of the policy."""
         params = reward_head.init(key, policy, self.model)
-        return {"params": params, "opt_state": self.optimizer.init(params)}
+        return {"params": params, "opt_state": init_optimizer(self.optimizer, params)}
 
 
 class Rows(typing.NamedTuple):
@@ -80,7 +80,7 @@ def update(
     """One optimizer step on these rows; a gradient that is not finite changes nothing."""
     gradient = jax.value_and_grad(lambda params: loss(static, params, rows, right, learned), has_aux=True)
     (_, metrics), grads = gradient(state["params"])
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(widened(grads))
     finite = jnp.isfinite(norm)
     step = functools.partial(optimizer_step, static.optimizer, finite=finite, taken=finite)
     params, opt_state = step(state["params"], state["opt_state"], grads)

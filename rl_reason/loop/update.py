@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from rl_reason import policy
 from rl_reason.aggregation import aggregate, token_set
 from rl_reason.batch import merge_strided, split_strided
-from rl_reason.loop.guarded import optimizer_step
+from rl_reason.loop.optimizer import optimizer_step, widened
+from rl_reason.loop.partition import join, split
 from rl_reason.loop.parts import Parts
 from rl_reason.masked import masked_mean
 from rl_reason.models import moe
 from rl_reason.models.score import Scores, score
-from rl_reason.sharding import path_matches
 from rl_reason.types import Metrics, TrainState, struct
 
 S = typing.TypeVar("S", bound=typing.Any)  # scores of rows
@@ -164,23 +164,25 @@ def loss_and_gradient(
     """Loss, metrics and gradient of one minibatch, streamed over microbatches with global denominators.
 
     Pass 1 collects scores, one VJP of the loss gives their cotangents, pass 2 pulls those back microbatch by microbatch;
-    so no objective knows of microbatches. A single microbatch needs one pass.
+    so no objective knows of microbatches. A single microbatch needs one pass. The gradient is of what learns, see
+    ``partition.split``.
     """
     pieces = parts.plan.microbatches
-    run = functools.partial(score_rows, parts)
+    learned, fixed = split(params, parts.frozen)
+    run = lambda learned, rows: score_rows(parts, join(learned, fixed), rows, temperature)
     if pieces == 1 or parts.objective_scope == "microbatch":
 
-        def whole(params, batch, key):
-            return loss_of_scores(parts, run(params, batch, temperature), batch, key)
+        def whole(learned, batch, key):
+            return loss_of_scores(parts, run(learned, batch), batch, key)
 
         gradient = jax.value_and_grad(whole, has_aux=True)
         if pieces == 1:
-            (loss, metrics), grads = gradient(params, batch, key)
+            (loss, metrics), grads = gradient(learned, batch, key)
             return loss, metrics, grads
-        return _microbatch_scope(gradient, params, batch, key, pieces)
+        return _microbatch_scope(gradient, learned, batch, key, pieces)
 
     loss_of = lambda scores: loss_of_scores(parts, scores, batch, key)
-    return streamed(lambda params, rows: run(params, rows, temperature), loss_of, params, batch, pieces)
+    return streamed(run, loss_of, learned, batch, pieces)
 
 
 def streamed(
@@ -192,7 +194,7 @@ def streamed(
 ) -> tuple[Float[Array, ""], Metrics, PyTree]:
     """Loss, metrics and gradient of ``loss_of(run(params, rows))`` with ``pieces`` of the rows in memory at a time.
 
-    Scores are a struct of numbers a row and of ``router``, whose sums add up over the pieces.
+    Scores are a struct of numbers a row and of ``router``, whose sums add up over the pieces; gradients do in fp32.
     """
     micro = split_strided(rows, pieces)
 
@@ -212,7 +214,7 @@ def streamed(
         (grads,) = pull_back(dataclasses.replace(of_piece, router=cotangent.router))
         return jax.tree.map(jnp.add, total, grads), None
 
-    grads, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (micro, own))
+    grads, _ = jax.lax.scan(accumulate, widened(jax.tree.map(jnp.zeros_like, params)), (micro, own))
     return loss, metrics, grads
 
 
@@ -224,17 +226,11 @@ def _microbatch_scope(gradient, params, batch, key, pieces):
         (loss, metrics), grads = gradient(params, rows, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = widened(jax.tree.map(jnp.zeros_like, params))
     micro = split_strided(batch, pieces), jnp.arange(pieces)
     grads, (losses, metrics) = jax.lax.scan(accumulate, zeros, micro)
     mean = functools.partial(jax.tree.map, lambda x: x.mean(0))
     return losses.mean(), mean(metrics), jax.tree.map(lambda g: g / pieces, grads)
-
-
-def without_frozen(grads: PyTree, frozen: tuple[str, ...]) -> PyTree:
-    """The gradient with zeros for parameters whose path any of the patterns is found in, as in ``layers/moe/router``."""
-    keep = lambda path, g: jnp.zeros_like(g) if path_matches(path, frozen) else g
-    return jax.tree_util.tree_map_with_path(keep, grads)
 
 
 class Applied(typing.NamedTuple):
@@ -245,18 +241,18 @@ class Applied(typing.NamedTuple):
 
 
 def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grads: PyTree) -> Applied:
-    """One optimizer step; parameters that ``parts.frozen`` names get no gradient, nor count in its norm.
+    """One optimizer step of what learns, which ``grads`` are of.
 
     A loss or gradient that is not finite changes nothing but two counters in ``stats``. A norm above
     ``parts.skip_above_norm`` (0: none) is skipped as well, but ends a row of skipped updates, not being a broken one:
     a run whose gradients are all too large goes on, with ``actor/skipped_updates`` to show it.
     """
-    grads = without_frozen(grads, parts.frozen)
-    norm = optax.tree.norm(grads)
+    learned, fixed = split(state.params, parts.frozen)
+    norm = optax.tree.norm(widened(grads))
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     taken = finite & (norm <= parts.skip_above_norm) if parts.skip_above_norm else finite
     step = functools.partial(optimizer_step, parts.optimizer, finite=finite, taken=taken)
-    params, opt_state = step(state.params, state.opt_state, grads)
+    learned, opt_state = step(learned, state.opt_state, grads)
     skipped = (~taken).astype(jnp.int32)
     stats = state.stats | {
         "skipped_updates": state.stats["skipped_updates"] + skipped,
@@ -268,4 +264,5 @@ def apply_gradient(parts: Parts, state: TrainState, loss: Float[Array, ""], grad
         "actor/lr": jnp.asarray(parts.schedule(state.stats["updates"]), norm.dtype),
         "actor/skipped_updates": skipped.astype(norm.dtype),
     }
+    params = join(learned, fixed)
     return Applied(dataclasses.replace(state, params=params, opt_state=opt_state, stats=stats), metrics)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason import processes
-from rl_reason.models import hf_names
+from rl_reason.models import hf_names, lora
 from rl_reason.models.hf_config import CONFIG, config_json
 from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
 from rl_reason.models.hf_names import PREFIXES, Plan
@@ -49,7 +49,7 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: OnTensor = lambda done, total: None,
 ) -> Export:
-    """Writes a checkpoint, whole or not at all. All processes call it together, and the first writes.
+    """Writes a checkpoint, whole or not at all; adapters are merged. All processes call it together, and the first writes.
 
     Args:
         dtype: of the tensors.
@@ -61,7 +61,7 @@ def write(
     Raises:
         WeightsError: something is in the way, ``like`` is of another model, or transformers has none like this one.
     """
-    params, model = as_theirs(params, model)
+    params, model = as_theirs(lora.merged(params), model)
     export = prepare(model, dtype, like, extra or {})
     tensors = _tensors(params, export, dtype, on_tensor)
     if not processes.is_first():

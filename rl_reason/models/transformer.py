@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason.models import rope
 from rl_reason.models.attention import Attend, AttendRows, causal_attention
+from rl_reason.models.lora import linear
 from rl_reason.models.moe import MixtureOfExperts, RouterStatistics
 from rl_reason.models.rope import RopeScaling
 from rl_reason.sharding import ROWS, constrain
@@ -139,13 +140,13 @@ class Attention(nn.Module):
     def __call__(self, x, attend: Attend):
         c = self.config
         dense = functools.partial(nn.DenseGeneral, dtype=c.dtype, param_dtype=c.param_dtype)
-        heads = lambda count, name: dense((count, c.head_dim), use_bias=c.qkv_bias, name=name)(x)
+        heads = lambda count, name: linear(dense((count, c.head_dim), use_bias=c.qkv_bias, name=name), x)
         q, k, v = heads(c.num_heads, "q"), heads(c.num_kv_heads, "k"), heads(c.num_kv_heads, "v")
         if c.qk_norm:
             q, k = Norm(c, name="q_norm")(q), Norm(c, name="k_norm")(k)
         out, cache = attend(q, k, v)
         out = checkpoint_name(out, "context")
-        return dense(c.hidden_size, axis=(-2, -1), use_bias=False, name="out")(out), cache
+        return linear(dense(c.hidden_size, axis=(-2, -1), use_bias=False, name="out"), out), cache
 
 
 class FeedForward(nn.Module):
@@ -157,8 +158,8 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         c = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype)
-        hidden = ACTIVATIONS[c.activation](dense(c.mlp_size, name="gate")(x)) * dense(c.mlp_size, name="up")(x)
-        return dense(c.hidden_size, name="down")(hidden)
+        gate, up = (linear(dense(c.mlp_size, name=name), x) for name in ("gate", "up"))
+        return linear(dense(c.hidden_size, name="down"), ACTIVATIONS[c.activation](gate) * up)
 
 
 class Block(nn.Module):

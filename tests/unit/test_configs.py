@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs.common import call, term
 from experiments import config_files
-from rl_reason import build
+from rl_reason import build, learning
 from rl_reason.loop.chunk import make_step
 from rl_reason.sampling import make_sampling
 from rl_reason.tasks import TASKS
@@ -112,7 +112,7 @@ def test_an_aggregation_of_other_terms_than_the_objective_returns():
 
 def test_a_kl_regulariser_makes_the_loop_keep_a_reference():
     with_kl = tiny_parts(changed(regularisers__kl=kl()))
-    assert with_kl.needs_reference and not tiny_parts("base").needs_reference
+    assert with_kl.keeps_reference and not tiny_parts("base").keeps_reference
     params = tiny_params(with_kl.model)
     assert build.new_state(with_kl, params, 0).ref_params is not None
     assert build.new_state(tiny_parts("base"), params, 0).ref_params is None
@@ -120,7 +120,7 @@ def test_a_kl_regulariser_makes_the_loop_keep_a_reference():
 
 def rates(decay, total, updates, warm=4, end=0.0):
     options = dict(learning_rate=1.0, lr_warmup_updates=warm, lr_decay=decay, lr_end_fraction=end)
-    schedule = build.rl_schedule(options, total)
+    schedule = learning.rl_schedule(options, total)
     return [float(schedule(jnp.int32(u))) for u in updates]
 
 
@@ -136,8 +136,8 @@ def test_schedules_by_hand():
 
 
 def test_weight_decay_spares_norms():
-    options = dict(grad_clip=1.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.5, frozen=())
-    optimizer = build.adamw(options, lambda _: 0.1)
+    options = dict(grad_clip=1.0, b1=0.9, b2=0.99, eps=1e-8, mu_dtype=None, weight_decay=0.5)
+    optimizer = learning.adamw(options, lambda _: 0.1)
     params = {"embed": jnp.ones((2, 2)), "layers": {"mlp_norm": {"scale": jnp.ones((1, 2))}}}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["embed"], -0.1 * 0.5, rtol=1e-6)  # -rate * decay * parameter

@@ -14,7 +14,7 @@ FLOORS = [  # ground first; a room (a module or a folder) may import lower floor
     "policy voting aggregation batch cache sampling models tasks splice repetition",
     "methods data judging rollout verifier_worker",
     "slots verifier_pool",
-    "rewards members checks",
+    "rewards members checks learning",
     "loop",
     "build",
     "evaluate warmup judges drivers",

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from rl_reason import build
-from rl_reason.loop.update import apply_gradient, without_frozen
+from rl_reason import build, learning
+from rl_reason.loop.partition import split
+from rl_reason.loop.update import apply_gradient
 from rl_reason.sharding import path_name
 from tests.support import MOE, load_config, one_device, tiny_params, tiny_parts
 
@@ -20,9 +21,13 @@ def setting(model=MOE, **changes):
     parts = dataclasses.replace(tiny_parts("base", dict(model) | dict(num_layers=1)), **changes)
     state = build.new_state(parts, tiny_params(parts.model), 0)
     run = jax.jit(lambda state, loss, grads: apply_gradient(parts, state, loss, grads))
-    ones = jax.tree.map(jnp.ones_like, state.params)
+    ones = jax.tree.map(jnp.ones_like, split(state.params, parts.frozen)[0])
     unit = jax.tree.map(lambda g: g / optax.tree.norm(ones), ones)  # a gradient of norm 1
     return state, run, unit
+
+
+def paths(tree):
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def scaled(factor, tree):
@@ -65,9 +70,9 @@ def moved(before, after):
 
 
 def test_what_is_frozen_stays_decay_included():
-    o = load_config("base").optimizer.to_dict() | dict(weight_decay=0.1, frozen=FROZEN)
+    o = load_config("base").optimizer.to_dict() | dict(weight_decay=0.1)
     schedule = optax.constant_schedule(0.1)
-    state, run, unit = setting(frozen=FROZEN, optimizer=build.adamw(o, schedule), schedule=schedule)
+    state, run, unit = setting(frozen=FROZEN, optimizer=learning.adamw(o, schedule), schedule=schedule)
     after, _ = run(state, jnp.float32(0.0), unit)
     after, _ = run(after, jnp.float32(0.0), unit)
     change = moved(state.params, after.params)
@@ -75,13 +80,13 @@ def test_what_is_frozen_stays_decay_included():
     assert min(change.values()) > 0.01
 
 
-def test_frozen_gradients_do_not_count_in_the_norm():
-    state, run, unit = setting(frozen=FROZEN, skip_above_norm=0.3)
-    grads = jax.tree_util.tree_map_with_path(lambda path, g: 100 * g if "router" in path_name(path) else 0.1 * g, unit)
-    _, metrics = run(state, jnp.float32(0.0), grads)
-    want = float(optax.tree.norm(without_frozen(grads, FROZEN)))
-    assert want < 0.1 and float(metrics["actor/grad_norm"]) == pytest.approx(want)
-    assert float(metrics["actor/skipped_updates"]) == 0.0
+def test_what_is_frozen_costs_neither_gradient_nor_moments():
+    state, _, unit = setting(frozen=FROZEN)
+    router = "layers/moe/router"
+    assert router in paths(state.params)
+    assert paths(unit) == [path for path in paths(state.params) if path != router]
+    assert not any(path.endswith(router) for path in paths(state.opt_state))
+    assert sum(path.endswith("layers/moe/gate") for path in paths(state.opt_state)) == 2  # Adam's moments
 
 
 def test_the_warm_up_freezes_and_skips_nothing():
