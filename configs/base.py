@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> Config:
         remat="none",  # what backward passes compute again: or "full", "dots" or "context", see transformer.REMAT
     )
     # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
-    # and unless the command line says otherwise, config.tokenizer is its own and warmup.num_steps is 0.
+    # and warmup.num_steps is 0 unless the command line asks for some.
     config.weights = ""
     # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
     config.tokenizer = "embedded"

@@ -69,8 +69,7 @@ def checked(config: Config | None) -> Config:
 def settled(config: Config, asked: Mapping[str, typing.Any]) -> Config:
     """The config with what its weights settle; ``asked`` are the command line's values, by dotted key.
 
-    A checkpoint's config.json is ``config.model``, its tokenizer is the config's and there is no warm-up, but where the
-    command line asks for another tokenizer or a warm-up.
+    A checkpoint's config.json is ``config.model``, and there is no warm-up but one that the command line asks for.
 
     Raises:
         WeightsError: no checkpoint there, none that can be read, or a model that is asked for and is not its own.
@@ -84,8 +83,6 @@ def settled(config: Config, asked: Mapping[str, typing.Any]) -> Config:
                     "out."
                 )
         config.model.update(keys)
-        if "tokenizer" not in asked and config.tokenizer == "embedded":
-            config.tokenizer = _tokenizer_of(pathlib.Path(config.weights)) or config.tokenizer
         if "warmup.num_steps" not in asked:
             config.warmup.num_steps = 0
     for name, own in config.cohort.items():
@@ -102,13 +99,6 @@ def _keys_of_weights(folder: str, key: str) -> dict[str, typing.Any]:
         return hf_config.model_keys(hf_config.read_json(file), str(file))
     except hf_config.WeightsError as error:
         raise hf_config.WeightsError(f"{key}={folder!r}: {error}") from None
-
-
-def _tokenizer_of(folder: pathlib.Path) -> str | None:
-    """What ``config.tokenizer`` is for a checkpoint's own: its folder, or its sentencepiece model."""
-    if (folder / "tokenizer.json").is_file():
-        return str(folder)
-    return str(folder / "tokenizer.model") if (folder / "tokenizer.model").is_file() else None
 
 
 def prepare_host() -> None:

@@ -123,17 +123,11 @@ def _initial(session: Session, experiment: build.Experiment, name: str) -> PyTre
     if not folder:
         return warmup.initial(experiment).params
     with session.display.phase(f"weights of {name}" if name else "weights", unit="tensor") as phase:
-
-        def on_tensor(done: int, total: int) -> None:
-            phase.total = total
-            phase.update(done)
-
-        params, layout = warmup.initial(experiment, on_tensor)
-    assert layout is not None
-    for what, names in (("left in place", layout.towers), ("not used", layout.unused)):
+        loaded = warmup.initial(experiment, phase.count)
+    for what, names in (("left in place", loaded.towers), ("not used", loaded.unused)):
         if names:
             session.display.info(f"{folder}: {len(names)} tensors {what}: {first_of(names)}")
-    return params
+    return loaded.params
 
 
 def _make_judges(session: Session) -> dict[str, judges.Trained]:

@@ -28,13 +28,6 @@ class WarmedUp(typing.NamedTuple):
     cached: bool
 
 
-class Initial(typing.NamedTuple):
-    """Parameters, and where they lie in the checkpoint that they are from."""
-
-    params: PyTree
-    layout: hf_weights.Layout | None
-
-
 def fingerprint(experiment: build.Experiment) -> str:
     """A name for these warm-up weights: config, tokenizer, data, code and jax."""
     config = experiment.config
@@ -48,17 +41,19 @@ def fingerprint(experiment: build.Experiment) -> str:
     return cache.fingerprint(parts, MADE_BY)
 
 
-def initial(experiment: build.Experiment, on_tensor: hf_weights.OnTensor = lambda done, total: None) -> Initial:
+def initial(
+    experiment: build.Experiment, on_tensor: hf_weights.OnTensor = lambda done, total: None
+) -> hf_weights.Loaded:
     """Parameters before any training: random, or those of ``config.weights``, of which ``on_tensor`` hears.
 
     Raises:
         WeightsError: a checkpoint that is not whole, or of another model.
     """
     if not experiment.config.weights:
-        return Initial(build.init_params(experiment), None)
+        return hf_weights.Loaded(build.init_params(experiment), [], [])
     model = experiment.parts.model
     shardings = sharding.param_shardings(hf_weights.shapes_of(model), experiment.mesh)
-    return Initial(*hf_weights.read(experiment.config.weights, model, shardings, on_tensor))
+    return hf_weights.read(experiment.config.weights, model, shardings, on_tensor)
 
 
 def warm_up(

@@ -8,15 +8,16 @@ import shutil
 import typing
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from rl_reason import processes
+from rl_reason import checkpoint, processes
 from rl_reason.models import hf_names, lora
 from rl_reason.models.hf_config import CONFIG, config_json
 from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
 from rl_reason.models.hf_names import PREFIXES, Plan
-from rl_reason.models.hf_weights import OnTensor, check, keys_of, shapes_of
+from rl_reason.models.hf_weights import PARAMS, OnTensor, check, keys_of, shapes_of
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.report.files import to_json
 
@@ -46,6 +47,7 @@ def write(
     like: str | pathlib.Path | None = None,
     extra: Mapping[str, typing.Any] | None = None,
     files: Mapping[str, pathlib.Path | str] | None = None,
+    orbax: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: OnTensor = lambda done, total: None,
 ) -> Export:
@@ -56,6 +58,8 @@ def write(
         like: the checkpoint that these weights began as; its config.json, tokenizer and towers go along.
         extra: without ``like``, what config.json says that no shape tells, such as eos_token_id.
         files: further files by name: paths to copy, or text.
+        orbax: parameters as an Orbax checkpoint in place of safetensors, without towers: of these ``hf_weights.read`` has
+            each host read its own share. By one process only.
         on_tensor: hears how many tensors of how many are done.
 
     Raises:
@@ -69,9 +73,12 @@ def write(
             pass  # each is gathered by all
         return export
     with whole_or_absent(pathlib.Path(folder)) as unfinished:
-        write_tensors(unfinished, tensors, split(export.sizes, max_shard_bytes), sum(export.sizes.values()))
-        found = [] if like is None else itertools.chain(*(sorted(pathlib.Path(like).glob(p)) for p in COMPANIONS))
-        for name, content in ({path.name: path for path in found} | dict(files or {})).items():
+        if orbax:
+            checkpoint.save_tree(unfinished / PARAMS, jax.tree.map(lambda x: x.astype(dtype), params))
+        else:
+            write_tensors(unfinished, tensors, split(export.sizes, max_shard_bytes), sum(export.sizes.values()))
+        beside = {} if like is None else companions(pathlib.Path(like))
+        for name, content in (beside | dict(files or {})).items():
             if isinstance(content, str):
                 (unfinished / name).write_text(content)
             else:
@@ -79,6 +86,11 @@ def write(
         # The last of all, because what has none is no checkpoint.
         (unfinished / CONFIG).write_text(to_json(export.config, indent=2) + "\n")
     return export
+
+
+def companions(folder: pathlib.Path) -> dict[str, pathlib.Path | str]:
+    """The files of a checkpoint that go along with its weights, by name."""
+    return {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern))}
 
 
 def as_theirs(params: PyTree, model: ModelConfig) -> tuple[PyTree, ModelConfig]:

@@ -122,7 +122,7 @@ def whole_or_absent(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        for path in unfinished.iterdir():
+        for path in filter(pathlib.Path.is_file, unfinished.rglob("*")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(unfinished)

@@ -15,18 +15,20 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
+from rl_reason.checkpoint import restore_tree
 from rl_reason.models import hf_names, transformer
 from rl_reason.models.hf_config import CONFIG, WeightsError, first_of, model_keys, read_json
 from rl_reason.models.hf_files import DTYPES, Checkpoint
 from rl_reason.models.hf_names import HEAD, HEADS, PREFIXES, Piece, Plan
 from rl_reason.models.transformer import ModelConfig
 
+PARAMS = "params"  # where a folder has its parameters by Orbax, in place of safetensors
 COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints have it
 OnTensor = Callable[[int, int], None]  # hears how many tensors of how many are done
 
 
 class Layout(typing.NamedTuple):
-    """Where a checkpoint has its language model, and what else: towers, and tensors that nobody uses."""
+    """Where a checkpoint has its language model, and what else there is."""
 
     config: dict[str, typing.Any]  # its config.json
     prefix: str
@@ -36,10 +38,11 @@ class Layout(typing.NamedTuple):
 
 
 class Loaded(typing.NamedTuple):
-    """Parameters, and what their checkpoint has besides."""
+    """Parameters, and the names of what else their checkpoint has: towers, and tensors that nobody uses."""
 
     params: PyTree
-    layout: Layout
+    towers: list[str]
+    unused: list[str]
 
 
 def read(
@@ -56,6 +59,8 @@ def read(
     shapes = shapes_of(model)
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+    if (pathlib.Path(folder) / PARAMS).is_dir():
+        return Loaded(_restore(pathlib.Path(folder), model, shardings), [], [])
     leaves, places = hf_names.by_path(shapes), hf_names.by_path(shardings)
     checkpoint = Checkpoint(folder)
     layout = check(checkpoint, model)
@@ -65,7 +70,18 @@ def read(
         arrays[path] = _read_parameter(checkpoint, layout.plan[path], leaves[path], places[path])
         done += len(layout.plan[path])
         on_tensor(done, total)
-    return Loaded(jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in leaves]), layout)
+    params = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in leaves])
+    return Loaded(params, layout.towers, layout.unused)
+
+
+def _restore(folder: pathlib.Path, model: ModelConfig, shardings: PyTree) -> PyTree:
+    """Parameters by Orbax: every process reads what its devices hold."""
+    config_of(folder, model)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    try:
+        return restore_tree(folder / PARAMS, jax.tree.map(place, shapes_of(model), shardings))
+    except (ValueError, OSError, KeyError) as error:
+        raise WeightsError(f"{folder / PARAMS} cannot be read ({str(error)[:300]}); convert it again.") from error
 
 
 @functools.cache

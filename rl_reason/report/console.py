@@ -82,6 +82,11 @@ class Phase:
         self._shown |= {key: float(v) for key, v in (metrics or {}).items() if key in known or "/" not in key}
         self._on_update()
 
+    def count(self, done: int, total: int) -> None:
+        """``done`` of a total that only the work itself knows."""
+        self.total = total
+        self.update(done)
+
     @property
     def elapsed(self) -> float:
         """Seconds since the phase began, until it ended."""

@@ -103,7 +103,7 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
         ValueError, match=r"config\.tokenizer='checkpoints/.*': no file or folder 'checkpoints/.*'; give 'embedded'"
     ):
         build.build(config, one_device())
-    config.tokenizer = "embedded"
+    config.tokenizer, config.data.chat = "embedded", "plain"
     with pytest.raises(ValueError, match=f"data.files: no file '{config.data.files[0]}'"):
         build.build(config, one_device())
 
@@ -207,7 +207,7 @@ def test_air_traces(tmp_path):
         build.build(config, one_device())
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")
-    config.tokenizer, config.preference.files = "embedded", (str(file),)
+    config.tokenizer, config.data.chat, config.preference.files = "embedded", "plain", (str(file),)
     experiment = build.build(config, one_device())
     assert experiment.pairs is not None
     rows, width = config.preference.pairs_per_step, 512 + 1536

@@ -179,7 +179,7 @@ def test_towers_are_left_in_place(prefix, tmp_path):
     (whole / "README.md").write_text("about the weights as they were")
     read = hf_weights.read(whole, model)
     assert_same(read.params, params)
-    assert read.layout.towers == sorted(towers)
+    assert read.towers == sorted(towers)
 
     changed = jax.tree.map(lambda x: 2 * x, params)
     hf_export.write(tmp_path / "out", changed, model, dtype="bfloat16", like=whole)
@@ -201,7 +201,7 @@ def test_what_nobody_uses_is_told(folder):
     tensors = load_file(folder / name)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4), "lm_head.weight": np.ones((32, 16))}
     save_file(tensors | extra, folder / name)
-    assert hf_weights.read(folder, tiny("qwen3")).layout.unused == sorted(extra)
+    assert hf_weights.read(folder, tiny("qwen3")).unused == sorted(extra)
 
 
 def spoil_index(folder):
