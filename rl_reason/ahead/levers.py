@@ -7,7 +7,7 @@ from rl_reason import build, sharding
 from rl_reason.ahead.memory import Need
 
 GIB = 2**30
-STATE_ROWS = ("parameters", "optimizer", "reference", "judges", "other policies")
+STATE_ROWS = ("parameters", "optimizer", "reference", "other models", "other policies")
 
 
 class Lever(typing.NamedTuple):

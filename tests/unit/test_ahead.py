@@ -179,6 +179,10 @@ def test_programs_are_the_ones_that_a_step_runs():
     config.verify = "split"
     assert names(build.build(config, one_device())) == ["draw", "learn"]
     assert names(smoke("sft")) == ["chunk"] == names(smoke("air"))
+
+
+@pytest.mark.slow
+def test_each_policy_of_a_cohort_draws_and_learns():
     cohort = [program.name for program in programs_of_a_cohort()]
     assert cohort == [f"{word} {name}" for word in ("draw", "learn") for name in ("automata", "differences", "sums")]
 
@@ -199,6 +203,7 @@ def test_a_state_is_counted_by_its_pieces():
     assert size(program.state.opt_state) == 2 * size(program.state.params) + 8
 
 
+@pytest.mark.slow
 def test_what_lives_beside_a_program_counts():
     draw = next(program for program in programs_of_a_cohort() if program.name == "draw sums")
     parts = memory._parts(draw, programs.device_bytes(draw.arguments), 0, 0, 0)
