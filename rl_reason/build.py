@@ -359,7 +359,7 @@ def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     return sharding.like_params(state, state.params, mesh, judges)
 
 
-def param_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
+def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) -> PyTree:
     """Shapes, types and shardings of a policy's parameters, without memory."""
 
     def init(key: Key[Array, ""]) -> PyTree:

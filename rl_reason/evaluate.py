@@ -226,7 +226,7 @@ def restore_policy(
 def _restore_params(directory: pathlib.Path, step: int, setup: Setup, policy: str | None) -> PyTree:
     """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths. Of a cohort there
     is a TrainState by policy; of adapters the base lies apart."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(build.param_shapes(setup.model, setup.lora, setup.mesh))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(build.placed_shapes(setup.model, setup.lora, setup.mesh))
     which = () if policy is None else (jax.tree_util.DictKey(policy),)
     in_state = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
     apart = lambda path: setup.lora is not None and sharding.path_matches(path, [lora.BASE])

@@ -67,8 +67,8 @@ class HFTokenizer(Pieces):
         if chat is not None:
             if read.template is None:
                 raise ValueError(
-                    f"{folder} has no chat template: no chat_template in {tokenizer_files.CONFIG} and no {tokenizer_files.TEMPLATE}. Put "
-                    "one there, or set config.data.chat='plain'."
+                    f"{folder} has no chat template: no chat_template in {tokenizer_files.CONFIG} and no "
+                    f"{tokenizer_files.TEMPLATE}. Put one there, or set config.data.chat='plain'."
                 )
             template = ChatTemplate(read.template.source, read.template.where, read.specials.names, chat)
         try:

@@ -4,24 +4,11 @@ RL step of two prompts, two samples each, with adapters on it, and a checkpoint 
 A process of its own, because a peak is a process's.
 """
 
-import dataclasses
-import functools
-import pathlib
-import resource
-import sys
-import time
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from configs import base
 from configs.models import MODELS
-from rl_reason import build, cache, processes
-from rl_reason.drivers.reinforcement import Reinforcement
-from rl_reason.models import hf_export, hf_weights, transformer
-from rl_reason.models.transformer import ModelConfig
-from rl_reason.verifier_pool import VerifierPool
+from rl_reason import build
 
 SHAPE = MODELS["Qwen2.5-1.5B"] if "Qwen2.5-1.5B" in MODELS else MODELS["Qwen2.5-Math-1.5B"]
 

@@ -134,7 +134,7 @@ def test_merged_and_unmerged_sample_the_same(scanned, x64):
 
 def test_adapters_are_cut_as_their_kernels():
     mesh = sharding.make_mesh(dict(fsdp=2, tensor=2))
-    placed = paths(build.param_shapes(tiny_model(), RANK_2, mesh))
+    placed = paths(build.placed_shapes(tiny_model(), RANK_2, mesh))
     for path, x in placed.items():
         if not path.endswith("/kernel"):
             continue
