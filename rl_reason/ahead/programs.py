@@ -50,7 +50,7 @@ def device_bytes(tree: PyTree) -> int:
 
 def state_of(experiment: build.Experiment) -> TrainState:
     """A state of the experiment, described."""
-    params = build.model_shapes(experiment.parts.model)
+    params = build.param_shapes(experiment.parts.model)
     shapes = jax.eval_shape(lambda params: build.new_state(experiment.parts, params, 0), params)
     shardings = build.state_shardings(experiment.parts, experiment.mesh)
     return jax.tree.map(lambda x, where: _described(x, where), shapes, shardings)

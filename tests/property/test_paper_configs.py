@@ -77,7 +77,7 @@ def described(tree):
 
 
 def abstract_state(parts):
-    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), build.model_shapes(parts.model))
+    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), build.param_shapes(parts.model))
 
 
 def test_every_rl_config_has_its_paper():

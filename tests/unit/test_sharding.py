@@ -112,7 +112,7 @@ def test_judges_lie_like_parameters_of_their_own_shapes():
     experiment = build.build(config, jax.devices()[:4])
     placed = build.state_shardings(experiment.parts, experiment.mesh).models
     for name, judge in experiment.parts.judges.items():
-        params = sharding.param_shardings(build.model_shapes(judge.model), experiment.mesh)
+        params = sharding.param_shardings(build.param_shapes(judge.model), experiment.mesh)
         found = placed[name]["params"]
         assert specs_of(found.get("backbone", found)) == specs_of(params)
     assert placed["judge"]["params"]["embed"].spec == P("tensor", "fsdp")
