@@ -374,7 +374,7 @@ def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) ->
 def init_params(experiment: Experiment) -> PyTree:
     """Random parameters, born sharded; the same whatever the mesh."""
     parts, mesh = experiment.parts, experiment.mesh
-    places = jax.tree.map(lambda x: x.sharding, param_shapes(parts.model, None, mesh))
+    places = sharding.param_shardings(param_shapes(parts.model), mesh)
     init = lambda key: transformer.init(key, parts.model)
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.config.seed))
 
