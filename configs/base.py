@@ -61,8 +61,7 @@ def get_config(arg: str = "") -> Config:
     # "": random weights. Else the folder of a Hugging Face checkpoint to start from: config.model is its config.json's then,
     # and warmup.num_steps is 0 unless the command line asks for some.
     config.weights = ""
-    # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json; embedded beside weights: the weights' own
-    config.tokenizer = "embedded"
+    config.tokenizer = "embedded"  # or a sentencepiece model, or a checkpoint's folder with its tokenizer.json
     # Mixture-of-experts models only. With replay, updates use the experts that each token was given to at rollout.
     config.router = dict(balance_coef=0.001, z_coef=0.0, replay=False)
     config.topology = ""  # the TPU slice that it is meant for, as "v5p:4x4x4"; experiments.compile checks that it fits

@@ -8,7 +8,8 @@ import typing
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiments.build_tokenizer import corpus
+from rl_reason.tasks import TASKS
+from rl_reason.tasks.base import draw
 
 # Several scripts, their digits and marks; code; emoji of several code points; blanks of all kinds; what imitates pieces.
 TEXTS = (
@@ -80,6 +81,15 @@ QWEN_SPLIT = (
 SPACE = "\u2581"
 
 
+@functools.cache
+def _corpus() -> tuple[str, ...]:
+    """The texts above, and some problems of every task with their solutions."""
+    problems = [
+        (task, draw(task, task.levels[0], seed=0, split="train", index=i)) for task in TASKS.values() for i in range(8)
+    ]
+    return (*TEXTS, *(task.prompt(problem) + task.solve(problem).completion for task, problem in problems))
+
+
 def _byte_level(split: str, *, ignore_merges: bool = False, nfc: bool = False) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     made.normalizer = normalizers.NFC() if nfc else None  # type: ignore[assignment]
@@ -91,7 +101,7 @@ def _byte_level(split: str, *, ignore_merges: bool = False, nfc: bool = False) -
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator([*TEXTS, *corpus()], trainer)
+    made.train_from_iterator(_corpus(), trainer)
     return made
 
 
@@ -103,9 +113,10 @@ def _byte_fallback(specials: tuple[str, ...], space: str) -> tokenizers.Tokenize
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=[*specials, *byte_pieces], limit_alphabet=90, show_progress=False
     )
-    made.train_from_iterator([*TEXTS, *corpus()], trainer)
+    made.train_from_iterator(_corpus(), trainer)
     layout = json.loads(made.to_str())
     layout["added_tokens"] = [token for token in layout["added_tokens"] if token["content"] in specials]
+    layout["added_tokens"][-1] |= dict(lstrip=True, rstrip=True)  # as Phi 3's: the last swallows the blanks around it
     replace = dict(type="Replace", pattern=dict(String=" "), content=SPACE)
     if space == "always":
         prepend = dict(type="Prepend", prepend=SPACE)

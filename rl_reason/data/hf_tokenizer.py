@@ -11,7 +11,6 @@ never, so that the ids of a completion, a reference or a stop sequence write exa
 import hashlib
 import pathlib
 import re
-from collections.abc import Callable
 
 import tokenizers
 
@@ -19,7 +18,7 @@ from rl_reason.data import tokenizer_files
 from rl_reason.data.chat import ChatSettings, ChatTemplate, Frames
 from rl_reason.data.pieces import Asked, Pieces
 from rl_reason.data.sentencepiece_tokenizer import SPACE
-from rl_reason.data.tokenizer_files import Folder, Specials
+from rl_reason.data.tokenizer_files import CONFIG, MODEL, TEMPLATE, Folder, Specials
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that are their own letter
@@ -41,7 +40,7 @@ class HFTokenizer(Pieces):
         self._backend.encode_special_tokens = True  # as text
         added = self._backend.get_added_tokens_decoder()
         self._specials = {token.content: (i, token) for i, token in added.items() if token.special}
-        self.piece_bytes = _piece_bytes(self._backend, _byte_level_bytes if folder.byte_level else _spaced_bytes)
+        self.piece_bytes = _piece_bytes(self._backend, folder.byte_level)
         self._spelled_space = _spelled(SPACE.encode(), self.piece_bytes)
         if not {i for i, _ in self._specials.values()}.isdisjoint(self.encode("".join(self._specials))):
             raise ValueError("its merges make special tokens of plain text; no text may become one.")
@@ -51,13 +50,7 @@ class HFTokenizer(Pieces):
         self.pad_id, self.unk_id = specials.pad_id, specials.unk_id
         self._frames = Frames(self._specials)
         # Without names of files: a copy of a checkpoint is the same tokenizer.
-        parts = (
-            folder.model,
-            folder.byte_level,
-            folder.space,
-            specials,
-            template and (template.source, template.settings),
-        )
+        parts = (folder.model, folder.space, specials, template and (template.source, template.settings))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @classmethod
@@ -67,14 +60,14 @@ class HFTokenizer(Pieces):
         if chat is not None:
             if read.template is None:
                 raise ValueError(
-                    f"{folder} has no chat template: no chat_template in {tokenizer_files.CONFIG} and no "
-                    f"{tokenizer_files.TEMPLATE}. Put one there, or set config.data.chat='plain'."
+                    f"{folder} has no chat template: no chat_template in {CONFIG} and no {TEMPLATE}. Put one there, "
+                    "or set config.data.chat='plain'."
                 )
             template = ChatTemplate(read.template.source, read.template.where, read.specials.names, chat)
         try:
             return cls(read, template)
         except ValueError as error:
-            raise ValueError(f"{folder / tokenizer_files.MODEL}: {error}") from error
+            raise ValueError(f"{folder / MODEL}: {error}") from error
 
     def __reduce__(self):
         return HFTokenizer, (self._folder, self._template)
@@ -103,7 +96,7 @@ class HFTokenizer(Pieces):
             return [*self._begin, *self.encode(self._spaced(asked, first=True))]
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         ids: list[int] = []
-        strip = False
+        strip = False  # some specials swallow the blanks around them
         for text, name in self._frames.split(self._template(self._frames.put(messages))):
             special, token = self._specials.get(name, (None, None))
             text = text.lstrip() if strip else text
@@ -130,28 +123,29 @@ def _backend(model: str) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _byte_level_bytes(piece: str) -> bytes:
-    return bytes(ALPHABET[letter] for letter in piece)
-
-
-def _spaced_bytes(piece: str) -> bytes:
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
-
-
-def _piece_bytes(backend: tokenizers.Tokenizer, spell: Callable[[str], bytes]) -> tuple[bytes, ...]:
+def _piece_bytes(backend: tokenizers.Tokenizer, byte_level: bool) -> tuple[bytes, ...]:
     """What each id writes: nothing for specials and for numbers that are no id, an added token its content."""
     vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    spell = _letters if byte_level else _spaced
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for piece, i in vocabulary.items():
         if i not in added:
-            try:
-                pieces[i] = spell(piece)
-            except KeyError as error:
-                raise ValueError(f"its piece {piece!r} has {error}, no letter of a byte-level encoding.") from error
+            pieces[i] = spell(piece)
         elif not added[i].special:
-            pieces[i] = piece.replace(SPACE, " ").encode() if spell is _spaced_bytes else piece.encode()
+            pieces[i] = (piece if byte_level else piece.replace(SPACE, " ")).encode()
     return tuple(pieces)
+
+
+def _letters(piece: str) -> bytes:
+    try:
+        return bytes(ALPHABET[letter] for letter in piece)
+    except KeyError as error:
+        raise ValueError(f"its piece {piece!r} has {error}, no letter of a byte-level encoding.") from error
+
+
+def _spaced(piece: str) -> bytes:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
 def _spelled(text: bytes, pieces: tuple[bytes, ...]) -> list[int]:
