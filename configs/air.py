@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> Config:
 
 def _paper(config: Config) -> None:
     """DPO on the pairs that the paper's rules selected. It publishes their number, 14k, and no more: the rest is a guess."""
-    paper.model(config, "Llama-3.1-8B")  # from memory a Tulu 3 SFT model of these shapes
+    paper.model(config, "Llama-3.1-8B")  # from memory a Tulu 3 SFT model of these shapes, with its template
     config.preference.update(files=("data/air-pairs.jsonl",), on_long_pair="drop", models=(), num_pairs=0)
     config.preference.update(pairs_per_step=128, microbatches=16, heldout_every=0)
     config.data.max_prompt_len_tokens = 512  # of 2048 in all

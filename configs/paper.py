@@ -1,13 +1,15 @@
 """What every ``:paper`` variant says, in four calls; a config then adds its method's own values. Pure data.
 
-``:paper`` is the paper's own model, data, batch, lengths, optimizer and method values. It needs the checkpoint's tokenizer
-and the files it names; reading Hugging Face tokenizers and checkpoints comes later (``configs/models.py``), and until then
-these variants are traced by tests and not run. Nothing has a default here that a paper would report.
+``:paper`` is the paper's own model, data, batch, lengths, optimizer and method values. It needs the checkpoint's folder
+with its tokenizer, and the files of data that it names; without those it is traced by tests and not run. Nothing has a
+default here that a paper would report.
 
-What is not the papers': held-out answers are sampled as in training, where most papers lower temperature and top-p; prompts
-are rendered by ``data.chat`` (plain), not by the checkpoint's chat template; answers are compared by
-``rl_reason.tasks.math_answer`` in place of each repository's grader. How the work is laid out on devices (mesh, slots,
-microbatches, workers) changes no result, and all of it is a guess.
+Prompts are chats, rendered by the checkpoint's own template, as verl and xtuner do for every model, base models too; that
+the papers with other code do so is a guess.
+
+What is not the papers': held-out answers are sampled as in training, where most papers lower temperature and top-p; answers
+are compared by ``rl_reason.tasks.math_answer`` in place of each repository's grader. How the work is laid out on devices
+(mesh, slots, microbatches, workers) changes no result, and all of it is a guess.
 """
 
 import typing
@@ -33,11 +35,12 @@ DAPO_ADAMW: Values = dict(learning_rate=1e-6, warmup_steps=10, decay="constant",
 
 
 def model(config: Config, name: str) -> None:
-    """A published model's shapes and tokenizer, cut over all devices, in bfloat16 with weights in float32."""
+    """A published model's shapes, tokenizer and chat template, cut over all devices, in bfloat16 with weights in float32."""
     config.model.update(
         MODELS[name], dtype="bfloat16", param_dtype="float32", scan_layers=True, scan_decode=True, remat="full"
     )
     config.weights = config.tokenizer = f"checkpoints/{name}"
+    config.data.chat = "template"
     config.warmup.update(tasks=(), levels=(), num_steps=0)
     config.router.update(balance_coef=0.0)  # off in RL, as in xtuner's and slime's configs
     config.mesh.update(data=1, fsdp=-1)  # row shards must divide the prompts of a minibatch: guess 32 for most

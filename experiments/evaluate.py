@@ -20,7 +20,7 @@ from absl import logging
 
 from configs import base
 from configs.common import Config
-from experiments import config_files
+from experiments import config_files, hosts
 from experiments.evaluation_prompts import UNVERIFIED, source_of
 from rl_reason.report.rundir import RunError, flatten, load_config
 
@@ -59,6 +59,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts_per_call", type=int, default=128, help="prompts sampled by one call: bounds memory (default 128)")
     add("--seed", type=int, default=0, help="of the samples; the prompts are the run's (default 0)")
     add("--name", help="names the files written (default: after --tasks or --prompts)")
+    add(
+        "--distributed",
+        action="store_true",
+        help="join other processes, as experiments.run does without --coordinator",
+    )
     args = parser.parse_args(argv)
     for name in ("num_samples", "num_prompts", "completion_len", "num_slots", "prompts_per_call"):
         value = getattr(args, name)
@@ -324,8 +329,8 @@ def interval(estimate: Mapping[str, float]) -> str:
     return "" if math.isnan(estimate["value"]) else f"[{100 * estimate['low']:.0f},{100 * estimate['high']:.0f}]"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates, prints the table and writes the files; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluates, prints the table and writes the files."""
     args = parse_args(argv)
     run = pathlib.Path(args.run)
     if not run.exists() and "/" not in args.run and (pathlib.Path("runs") / run).exists():
@@ -336,29 +341,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if load_config(run).get("model", {}).get("dtype") == "float64":
             os.environ["JAX_ENABLE_X64"] = "1"
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise SystemExit(f"error: {error}") from error
+    joining = hosts.Joining() if args.distributed else None
+    with hosts.joined(joining, {"flags": vars(args)}, hosts.Aftermath()):
+        try:
+            evaluate_and_write(args, run)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
+
+
+def evaluate_and_write(args: argparse.Namespace, run: pathlib.Path) -> None:
+    """All processes evaluate together, the first one writes."""
     import jax
 
-    from rl_reason import cache
+    from rl_reason import cache, processes
     from rl_reason.report.console import Display
     from rl_reason.report.files import to_json, write_atomic
 
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    display = Display()
-    try:
-        done = evaluate_run(args, run, display)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    display = Display(enabled=processes.is_first())
+    done = evaluate_run(args, run, display)
+    if not processes.is_first():
+        return
     record = done.record()
     paths = done.path("evaluation", ".json"), done.path("completions", ".jsonl")
     write_atomic(paths[0], to_json(record, indent=2) + "\n")
     write_atomic(paths[1], "".join(to_json(row) + "\n" for row in done.completions()))
     print_evaluation(display, record, paths)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,13 +15,18 @@ import shlex
 import sys
 import time
 import traceback
+import types
 import typing
 from collections.abc import Iterator, Mapping
 
 from absl import flags
 
-from configs.common import Config
 from rl_reason.report.rundir import RunDir, flatten
+
+JOIN_S, SILENT_S = 60.0, 30.0
+GRACE_S = 2.0  # a dead peer also breaks collectives: how long whoever fails waits to hear that it was that
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+ROOT = pathlib.Path(__file__).parents[1]
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -35,12 +40,10 @@ _JOIN_BY = {
     "JAX_NUM_PROCESSES": flags.DEFINE_integer("num_processes", None, "How many; default: JAX_NUM_PROCESSES."),
     "JAX_PROCESS_ID": flags.DEFINE_integer("process_id", None, "Which is this one, from 0; default: JAX_PROCESS_ID."),
 }
-_JOIN_TIMEOUT = flags.DEFINE_float("join_timeout_s", 60.0, "Seconds that processes wait for each other at the start.")
-_PEER_TIMEOUT = flags.DEFINE_float("peer_timeout_s", 30.0, "Seconds after which a silent host counts as gone.")
-
-GRACE_S = 2.0  # a dead peer also breaks collectives: how long whoever fails waits to hear that it was that
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-ROOT = pathlib.Path(__file__).parents[1]
+_JOIN_TIMEOUT = flags.DEFINE_float(
+    "join_timeout_s", JOIN_S, "Seconds that processes wait for each other at the start."
+)
+_PEER_TIMEOUT = flags.DEFINE_float("peer_timeout_s", SILENT_S, "Seconds after which a silent host counts as gone.")
 
 
 class Aftermath:
@@ -50,7 +53,7 @@ class Aftermath:
 
     def __str__(self) -> str:
         if self.run is None:
-            return "No run had begun: start all processes again."
+            return "Nothing is lost: start all processes again."
         steps = [path.name.removeprefix("step_") for path in self.run.checkpoints.glob("step_*")]
         saved = max((int(step) for step in steps if step.isdigit()), default=None)
         kept = "nothing was saved yet" if saved is None else f"step {saved} was saved last"
@@ -58,39 +61,52 @@ class Aftermath:
 
 
 def resuming(run: pathlib.Path) -> str:
-    """This very command, going on with the run."""
-    kept = [word for word in sys.argv[1:] if not word.lstrip("-").startswith(("run=", "resume"))]
-    return shlex.join(["python", "-m", "experiments.run", *kept, f"--run={run}", "--resume"])
+    """This very command, going on with the run; of a flag that is given twice the last counts."""
+    more = [f"--run={run}", "--resume"]
+    return shlex.join(["python", "-m", "experiments.run", *(w for w in sys.argv[1:] if w not in more), *more])
+
+
+class Joining(typing.NamedTuple):
+    """How processes find each other, and how long they wait."""
+
+    given: Mapping[str, str] = types.MappingProxyType({})  # by JOIN_BY's names, before what the environment says
+    timeout_s: float = JOIN_S
+    silent_s: float = SILENT_S
+
+
+def asked() -> Joining | None:
+    """What the flags say; None for a run of one process."""
+    given = {name: str(flag.value) for name, flag in _JOIN_BY.items() if flag.value is not None}
+    return Joining(given, _JOIN_TIMEOUT.value, _PEER_TIMEOUT.value) if _DISTRIBUTED.value or given else None
 
 
 @contextlib.contextmanager
-def joined(config: Config, aftermath: Aftermath) -> Iterator[None]:
+def joined(joining: Joining | None, asked_for: Mapping[str, typing.Any], aftermath: Aftermath) -> Iterator[None]:
     """With the run's other processes, where there are to be any: whoever stops by an error stops all, also those that hang.
 
     Raises:
-        SystemExit: nothing says how to join them, or this process was started otherwise than process 0.
+        SystemExit: nothing says how to join them, or process 0 was asked for something else.
     """
-    given = {name: str(flag.value) for name, flag in _JOIN_BY.items() if flag.value is not None}
-    if not (_DISTRIBUTED.value or given):
+    if joining is None:
         yield
         return
     from rl_reason import processes, watch
 
-    by = {name: os.environ[name] for name in _JOIN_BY if name in os.environ} | given
+    by = {name: os.environ[name] for name in processes.JOIN_BY if name in os.environ} | dict(joining.given)
     try:
-        address = processes.join(by, _JOIN_TIMEOUT.value, lambda why: leave(f"error: {why}."))
+        address = processes.join(by, joining.timeout_s, lambda why: leave(f"error: {why}."))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    on_lost = lambda why: leave(f"error: {why}. This process stops too.", aftermath)
-    watching, unwatched = watch.meet(on_lost, address, _PEER_TIMEOUT.value)
+    on_lost = lambda why: leave(f"error: {why.rstrip('.')}. This process stops too.", aftermath)
+    watching, unwatched = watch.meet(on_lost, address, joining.silent_s)
     if unwatched:
         print(f"warning: {unwatched}", file=sys.stderr)
     try:
-        refuse_differences(facts_of(config))
+        refuse_differences(facts_of(asked_for))
         yield
     except SystemExit as end:
         if isinstance(end.code, str):
-            _stop(watching, end.code, end.code)
+            _stop(watching, end.code.removeprefix("error: "), end.code)
         watching.done()  # all end together, having agreed to
         raise
     except BaseException as error:
@@ -114,8 +130,8 @@ def leave(*words: object) -> typing.NoReturn:
     os._exit(1)
 
 
-def facts_of(config: Config) -> dict[str, str]:
-    """What has to be the same in all processes."""
+def facts_of(asked_for: Mapping[str, typing.Any]) -> dict[str, str]:
+    """What has to be the same in all processes: code, packages, and what they were asked for."""
     import jax
 
     digest = hashlib.sha256()
@@ -123,7 +139,7 @@ def facts_of(config: Config) -> dict[str, str]:
         digest.update(file.read_bytes())
     python = ".".join(platform.python_version_tuple()[:2])
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    facts = {"config": config.to_dict(), "source": digest.hexdigest()[:12], "python": python} | versions
+    facts = {**asked_for, "source": digest.hexdigest()[:12], "python": python, **versions}
     return {key: repr(value) for key, value in flatten(facts | {"backend": jax.default_backend()}).items()}
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"
     aftermath = hosts.Aftermath()
-    with hosts.joined(config, aftermath):
+    with hosts.joined(hosts.asked(), {"config": config.to_dict()}, aftermath):
         train(config, aftermath)
 
 

@@ -87,20 +87,20 @@ class BatchPlan:
         if self.prompts_per_step % self.minibatches:
             yield f"prompts_per_step={self.prompts_per_step} / minibatches={self.minibatches} = {share:g} prompts"
         elif (self.prompts_per_step // self.minibatches) % self.row_shards:
-            yield f"{share:g} prompts a minibatch over {self.row_shards} row shards (mesh data x fsdp)"
+            yield f"{share:g} prompts a minibatch over {self.row_shards} row shards (mesh data x fsdp x expert)"
         elif self.microbatch_rows and self.minibatch_rows % self.microbatch_rows:
             yield (
                 f"{self.minibatch_rows} rows a minibatch / microbatch_rows={self.microbatch_rows} = "
                 f"{self.minibatch_rows / self.microbatch_rows:g} microbatches"
             )
         elif self.microbatch_rows % self.row_shards:
-            yield f"microbatch_rows={self.microbatch_rows} over {self.row_shards} row shards (mesh data x fsdp)"
+            yield f"microbatch_rows={self.microbatch_rows} over {self.row_shards} row shards (mesh data x fsdp x expert)"
         if self.train_group_size > self.group_size:
             yield f"train_group_size={self.train_group_size} is more than group_size={self.group_size}"
         if self.demonstrations >= self.group_size:
             yield f"demonstrations={self.demonstrations} leave no sample in a group_size of {self.group_size}"
         if self.generated_prompts % self.row_shards:
-            yield f"generated_prompts={self.generated_prompts} over {self.row_shards} row shards (mesh data x fsdp)"
+            yield f"generated_prompts={self.generated_prompts} over {self.row_shards} row shards (mesh data x fsdp x expert)"
         if self.prompts_drawn < self.prompts_per_step:
             yield (
                 f"generated_prompts={self.generated_prompts} x max_rounds={self.max_rounds} = {self.prompts_drawn} "

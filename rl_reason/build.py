@@ -206,8 +206,7 @@ def _prompt_widths(config: Config, plan: BatchPlan, judges: Mapping[str, judging
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names, or that of the checkpoint whose weights it takes; its prompts are chats where
-    ``config.data.chat`` is 'template'.
+    """The tokenizer that the config names; its prompts are chats where ``config.data.chat`` is 'template'.
 
     Raises:
         ValueError: when there is none that can be read, or no template.
@@ -217,11 +216,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
         chat = ChatSettings(data.system_prompt, dict(data.template_variables or {}))
     elif data.system_prompt or data.template_variables:
         raise ValueError("config.data.system_prompt and template_variables go with config.data.chat='template'.")
-    where = config.tokenizer
-    if where == "embedded" and config.get("weights", ""):
-        where = config.weights
     try:
-        return tokenizers.load(where, chat)
+        return tokenizers.load(config.tokenizer, chat)
     except ValueError as error:
         raise ValueError(f"config.tokenizer={config.tokenizer!r}: {error}") from error
 
@@ -383,5 +379,5 @@ def init_state(experiment: Experiment, parts: Parts, params: PyTree) -> TrainSta
 
 
 def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over data and fsdp, after ``leading`` uncut axes."""
+    """Rows over data, fsdp and expert, after ``leading`` uncut axes."""
     return NamedSharding(mesh, P(*(None,) * leading, sharding.ROWS))

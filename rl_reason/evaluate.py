@@ -175,7 +175,7 @@ class Evaluator:
         if self._pool is not None:
             of_row = [examples[row // per_prompt] for row in rows]
             jobs = [Job(e.verifier, text, e.problem) for e, text in zip(of_row, texts, strict=True)]
-            correct = [float(v.score >= 1.0) if v.valid else math.nan for v in self._pool.score(jobs)]
+            correct = _verdicts(self._pool, jobs).tolist()
         lengths = mask.sum(1)
         for number, example in enumerate(examples):
             own = slice(number * per_prompt, (number + 1) * per_prompt)
@@ -187,6 +187,14 @@ class Evaluator:
                 tuple(bool(x) for x in truncated[own]),
                 tuple(int(x) for x in lengths[own]),
             )
+
+
+def _verdicts(pool: VerifierPool, jobs: Sequence[Job]) -> Float[np.ndarray, " n"]:
+    """1, 0, or NaN where the verifier failed; each process asks about its share, and hears of the others'."""
+    own = slice(jax.process_index(), None, jax.process_count())
+    correct = np.zeros(len(jobs), np.float32)
+    correct[own] = [float(v.score >= 1.0) if v.valid else math.nan for v in pool.score(jobs[own])]
+    return processes.sum_over_processes(correct)
 
 
 def restore_policy(

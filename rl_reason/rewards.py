@@ -176,7 +176,7 @@ def _answers(verdicts: Sequence[Verdict], size: int) -> np.ndarray:
 def by_callback(score_rows: ScoreRows, mesh: Mesh, *, group_size: int, with_answers: bool = False) -> Verify:
     """Makes a host verifier callable inside the program: each shard of rows asks the host it lives on, once.
 
-    Rows are cut over data and fsdp; along the other axes only index 0 asks and the verdict is summed over them, because
+    Rows are cut over data, fsdp and expert; along tensor only index 0 asks and the verdict is summed over it, because
     replicas that each asked could be told different things and would drift apart.
     """
     others = tuple(axis for axis in AXES if axis not in ROWS)

@@ -344,7 +344,7 @@ def check(rollout: RolloutConfig, batch: int) -> None:
     if batch % shards or rollout.num_slots % shards or rollout.num_slots < shards:
         raise ValueError(
             f"{batch} prompts and rollout.num_slots={rollout.num_slots} must both be multiples of the {shards} row "
-            "shards (mesh data x fsdp)."
+            "shards (mesh data x fsdp x expert)."
         )
     if rows and rows < batch and (batch % rows or rows % shards):
         raise ValueError(

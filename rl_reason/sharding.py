@@ -1,7 +1,8 @@
 """The mesh, and the one table that says how each parameter is cut over it.
 
-Axes: ``data`` and ``fsdp`` cut the rows of a batch, ``fsdp`` and ``tensor`` cut the weights, ``expert`` cuts experts.
-All are ``AxisType.Auto``: the compiler propagates, and the few constraints below pin what it must not guess.
+Axes: ``data``, ``fsdp`` and ``expert`` cut the rows of a batch; ``tensor`` and ``fsdp`` cut the weights, ``expert`` the
+experts and, with ``fsdp``, all other weights. All are ``AxisType.Auto``: the compiler propagates, and the few constraints
+below pin what it must not guess; experts are multiplied inside ``shard_map`` (models/experts.py).
 """
 
 import math
@@ -14,26 +15,27 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp", "tensor", "expert")
-ROWS = ("data", "fsdp")  # what a batch's rows are cut over
+ROWS = ("data", "fsdp", "expert")  # what a batch's rows are cut over
+FSDP = ("fsdp", "expert")  # what the weights outside of experts are cut over, to be gathered where they are used
 
 # First match wins. Layer parameters carry a leading stacked axis, which is never cut. MoE kernels are [L, E, in, out].
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
-    (r"^embed$", P("tensor", "fsdp")),
-    (r"^unembed$", P("fsdp", "tensor")),
-    (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"^embed$", P("tensor", FSDP)),
+    (r"^unembed$", P(FSDP, "tensor")),
+    (r"layers/attention/(q|k|v)/kernel$", P(None, FSDP, "tensor", None)),
     (r"layers/attention/(q|k|v)/bias$", P(None, "tensor", None)),
-    (r"layers/attention/out/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
-    (r"layers/(attention/(q|k|v)|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+    (r"layers/attention/out/kernel$", P(None, "tensor", None, FSDP)),
+    (r"layers/mlp/(gate|up)/kernel$", P(None, FSDP, "tensor")),
+    (r"layers/mlp/down/kernel$", P(None, "tensor", FSDP)),
+    (r"layers/(attention/(q|k|v)|mlp/(gate|up))/lora_a$", P(None, FSDP)),
     (r"layers/(attention/(q|k|v)|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
     (r"layers/(attention/out|mlp/down)/lora_a$", P(None, "tensor")),
-    (r"layers/(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),
+    (r"layers/(attention/out|mlp/down)/lora_b$", P(None, None, FSDP)),
     (r"/lora_scale$", P()),
-    (r"layers/moe/router$", P(None, "fsdp", None)),
+    (r"layers/moe/router$", P(None, FSDP, None)),
     (r"layers/moe/(gate|up)$", P(None, "expert", "fsdp", "tensor")),
     (r"layers/moe/down$", P(None, "expert", "tensor", "fsdp")),
-    (r"(norm|q_norm|k_norm)(/scale)?$", P()),
+    (r"norm(/scale)?$", P()),
 )
 
 
@@ -71,8 +73,8 @@ def path_matches(path: tuple, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, path_name(path)) for pattern in patterns)
 
 
-def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The table's spec for one parameter, less the axes that do not divide its shape.
+def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The table's spec for one parameter, less the axes that do not divide its shape; of two axes the last goes first.
 
     Raises:
         ValueError: no rule matches; add one to PARTITION_RULES.
@@ -81,7 +83,17 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     if spec is None:
         raise ValueError(f"No partition rule matches parameter {name!r} {shape}; add one to sharding.PARTITION_RULES.")
     parts = list(spec) + [None] * (len(shape) - len(spec))
-    return P(*(a if a is not None and n % mesh.shape[a] == 0 else None for a, n in zip(parts, shape, strict=True)))
+    return P(*(_dividing(part, size, mesh) for part, size in zip(parts, shape, strict=True)))
+
+
+def _dividing(
+    part: str | tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
+    """As many of the axes as divide a dimension together."""
+    axes = (part,) if isinstance(part, str) else part or ()
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes if len(axes) > 1 else next(iter(axes), None)
 
 
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
@@ -117,5 +129,5 @@ def constrain(x: PyTree, *spec) -> PyTree:
 
 
 def constrain_rows(x: PyTree) -> PyTree:
-    """Cuts the leading axis over data and fsdp."""
+    """Cuts the leading axis over data, fsdp and expert."""
     return constrain(x, ROWS)

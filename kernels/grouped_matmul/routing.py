@@ -40,6 +40,12 @@ def permute(
     An id outside ``0 .. num_experts - 1`` drops that choice: it is sorted behind all groups, where
     ``grouped_matmul`` gives zeros. The gradient is a gather and a sum over K, not a scatter.
     """
+    group_sizes, undo = arrange(expert_ids, num_experts)
+    return _gather(x, undo), group_sizes, undo
+
+
+def arrange(expert_ids: Int[Array, "M K"], num_experts: int) -> tuple[Int[Array, " {num_experts}"], Permutation]:
+    """The order of ``permute`` and the size of every group, without moving a row."""
     ids = expert_ids.astype(jnp.int32).reshape(-1)
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     position = jax.lax.iota(jnp.int32, ids.shape[0])
@@ -47,8 +53,7 @@ def permute(
     inverse = jnp.zeros_like(position).at[order].set(position, unique_indices=True).reshape(expert_ids.shape)
     experts = jax.lax.broadcasted_iota(jnp.int32, (1, num_experts), 1)
     group_sizes = jnp.sum(ids[:, None] == experts, axis=0, dtype=jnp.int32)
-    undo = Permutation(order, inverse)
-    return _gather(x, undo), group_sizes, undo
+    return group_sizes, Permutation(order, inverse)
 
 
 def combine(rows: Float[Array, "MK D"], undo: Permutation, weights: Float[Array, "M K"]) -> Float[Array, "M D"]:

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import tokenizers
 
-from rl_reason.data import hf_files
+from rl_reason.data import tokenizer_files
 from rl_reason.data.chat import ChatSettings, ChatTemplate, Frames
-from rl_reason.data.hf_files import Folder, Specials
 from rl_reason.data.pieces import Asked, Pieces
 from rl_reason.data.sentencepiece_tokenizer import SPACE
+from rl_reason.data.tokenizer_files import Folder, Specials
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that are their own letter
@@ -63,18 +63,18 @@ class HFTokenizer(Pieces):
     @classmethod
     def load(cls, folder: pathlib.Path, chat: ChatSettings | None = None) -> "HFTokenizer":
         """Reads a folder with a tokenizer.json; with ``chat``, its template too. Raises ValueError, naming file and cure."""
-        read, template = hf_files.read(folder), None
+        read, template = tokenizer_files.read(folder), None
         if chat is not None:
             if read.template is None:
                 raise ValueError(
-                    f"{folder} has no chat template: no chat_template in {hf_files.CONFIG} and no {hf_files.TEMPLATE}. Put "
+                    f"{folder} has no chat template: no chat_template in {tokenizer_files.CONFIG} and no {tokenizer_files.TEMPLATE}. Put "
                     "one there, or set config.data.chat='plain'."
                 )
             template = ChatTemplate(read.template.source, read.template.where, read.specials.names, chat)
         try:
             return cls(read, template)
         except ValueError as error:
-            raise ValueError(f"{folder / hf_files.MODEL}: {error}") from error
+            raise ValueError(f"{folder / tokenizer_files.MODEL}: {error}") from error
 
     def __reduce__(self):
         return HFTokenizer, (self._folder, self._template)

@@ -3,9 +3,9 @@
 import pathlib
 
 from rl_reason.data.chat import ChatSettings
-from rl_reason.data.hf_files import MODEL
 from rl_reason.data.hf_tokenizer import HFTokenizer
-from rl_reason.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
+from rl_reason.data.tokenizer_files import MODEL
 
 Tokenizer = SentencePieceTokenizer | HFTokenizer
 
@@ -18,7 +18,7 @@ def load(path: str | pathlib.Path, chat: ChatSettings | None = None) -> Tokenize
     Raises:
         ValueError: nothing there that can be read, or no template, with the cure.
     """
-    where = pathlib.Path(path)
+    where = EMBEDDED if path == "embedded" else pathlib.Path(path)
     if where.is_dir():
         if (where / MODEL).is_file():
             return HFTokenizer.load(where, chat)
@@ -29,11 +29,11 @@ def load(path: str | pathlib.Path, chat: ChatSettings | None = None) -> Tokenize
                 f"AutoTokenizer.from_pretrained({str(where)!r}).save_pretrained({str(where)!r}) writes a {MODEL}."
             )
         where = models[0]
-    elif path != "embedded" and not where.is_file():
+    elif not where.is_file():
         raise ValueError(
             f"no file or folder {str(where)!r}; give 'embedded', a sentencepiece model with byte pieces, or a checkpoint's "
             f"folder with its {MODEL}."
         )
     if chat is not None:
         raise ValueError(f"{path}: a sentencepiece model has no chat template; set config.data.chat='plain'.")
-    return SentencePieceTokenizer.load() if path == "embedded" else SentencePieceTokenizer.load(where)
+    return SentencePieceTokenizer.load(where)

@@ -125,7 +125,7 @@ def _check_numbers(config: Config, row_shards: int) -> None:
     if not share.is_integer():
         raise ValueError(
             f"config.preference does not divide: pairs_per_step={p.pairs_per_step} / microbatches={p.microbatches} over "
-            f"{row_shards} row shards (mesh data x fsdp) = {share:g} pairs; use a multiple of "
+            f"{row_shards} row shards (mesh data x fsdp x expert) = {share:g} pairs; use a multiple of "
             f"{p.microbatches * row_shards}."
         )
     if p.heldout_every % config.steps_per_call:

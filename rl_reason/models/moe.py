@@ -1,4 +1,4 @@
-"""A mixture of SwiGLU experts: softmax router, top-k, sorted dispatch through the grouped matmul."""
+"""A mixture of SwiGLU experts: softmax router, top-k, and what its choices say about balance."""
 
 import typing
 
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import combine, grouped_matmul, permute, route
+from kernels.grouped_matmul import route
+from rl_reason.models.experts import Experts, apply_experts
 
 if typing.TYPE_CHECKING:
     from rl_reason.models.transformer import ModelConfig
@@ -73,9 +74,7 @@ class MixtureOfExperts(nn.Module):
         weights, expert_ids = route(logits, c.experts_per_token)
         if recorded is not None:
             weights, expert_ids = replay(logits, expert_ids, recorded)
-        rows, group_sizes, order = permute(x, expert_ids, c.num_experts)
-        hidden = nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
-        out = combine(grouped_matmul(hidden, down, group_sizes), order, weights)
+        out = apply_experts(x, weights, expert_ids, Experts(gate, up, down))
 
         live = valid[:, None].astype(accumulate)
         one_hot = jax.nn.one_hot(expert_ids, c.num_experts, dtype=accumulate).sum(1)

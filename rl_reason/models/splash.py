@@ -1,7 +1,7 @@
 """Causal attention on TPUs by jax's own splash attention kernel: no score ever leaves the chip's fast memory.
 
-The kernel knows nothing of meshes, so where one of several devices is in use it runs inside ``shard_map``: rows over data
-and fsdp, heads over tensor as far as they divide.
+The kernel knows nothing of meshes, so where one of several devices is in use it runs inside ``shard_map``: rows over data,
+fsdp and expert, heads over tensor as far as they divide.
 """
 
 import functools

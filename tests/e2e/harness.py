@@ -87,6 +87,19 @@ def running(*flags: str, **options) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+@contextlib.contextmanager
+def together(count: int, *flags: str) -> Iterator[list[subprocess.Popen]]:
+    """The processes of one run on the loopback interface."""
+    address = f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                running(*flags, f"--coordinator={address}", f"--num_processes={count}", f"--process_id={number}")
+            )
+            for number in range(count)
+        ]
+
+
 def wait_for(what: Callable[[], typing.Any], process: subprocess.Popen) -> bool:
     """Polls until ``what`` holds; False when the process ends first."""
     end = time.monotonic() + TIMEOUT_S

@@ -58,7 +58,7 @@ num_params = functools.cache(transformer.num_params)
 
 @pytest.fixture
 def paper(tmp_path):
-    """Loads configs/<name>.py:paper, with a row of data of each kind and the embedded tokenizer in place of its own."""
+    """Loads configs/<name>.py:paper, with a row of data of each kind and the embedded tokenizer for its own."""
 
     def load(name):
         config = load_config(name, "paper")
@@ -72,7 +72,7 @@ def paper(tmp_path):
             ]
             path.write_text("".join(json.dumps(row | {column: f"{number}+1####1"}) + "\n" for row in rows))
             paths.append(str(path))
-        config.tokenizer = "embedded"
+        config.tokenizer, config.data.chat = "embedded", "plain"
         config.data.update(files=(paths[0],), heldout_files=(paths[1],), answer_key="answer")
         return config
 
@@ -111,7 +111,7 @@ def test_says_what_is_missing(name, tmp_path, monkeypatch):
         ValueError, match=r"config\.tokenizer='checkpoints/.*': no file or folder 'checkpoints/.*'; give 'embedded'"
     ):
         build.build(config, one_device())
-    config.tokenizer = "embedded"
+    config.tokenizer, config.data.chat = "embedded", "plain"
     with pytest.raises(ValueError, match=f"data.files: no file '{config.data.files[0]}'"):
         build.build(config, one_device())
 
@@ -192,7 +192,7 @@ def test_air_traces(tmp_path):
         build.build(config, one_device())
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")
-    config.tokenizer, config.preference.files = "embedded", (str(file),)
+    config.tokenizer, config.data.chat, config.preference.files = "embedded", "plain", (str(file),)
     experiment = build.build(config, one_device())
     assert experiment.pairs is not None
     rows, width = config.preference.pairs_per_step, 512 + 1536

@@ -38,7 +38,7 @@ def test_derived():
     "changes, says",
     [
         (dict(minibatches=3), "prompts_per_step=8 / minibatches=3 = 2.66667 prompts"),
-        (dict(minibatches=8, row_shards=2), "1 prompts a minibatch over 2 row shards (mesh data x fsdp)"),
+        (dict(minibatches=8, row_shards=2), "1 prompts a minibatch over 2 row shards (mesh data x fsdp x expert)"),
         (dict(demonstrations=4), "demonstrations=4 leave no sample in a group_size of 4"),
         (dict(microbatch_rows=3), "8 rows a minibatch / microbatch_rows=3 = 2.66667 microbatches"),
         (dict(microbatch_rows=2, row_shards=4), "microbatch_rows=2 over 4 row shards"),

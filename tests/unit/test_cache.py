@@ -26,6 +26,14 @@ def test_a_damaged_entry_is_made_again(tmp_path):
     assert not kept.cached and float(kept.tree["w"][0]) == 1.0
 
 
+def test_what_processes_do_not_share_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache.processes, "blind_to", lambda _: [1])
+    for _ in range(2):
+        kept = cache.read_or_make(tmp_path / "entry", {"w": jnp.zeros(1)}, lambda: {"w": jnp.ones(1)})
+        assert not kept.cached and float(kept.tree["w"][0]) == 1.0
+    assert not list(tmp_path.iterdir())
+
+
 def test_names():
     name = cache.fingerprint({"a": 1}, ("cache.py",))
     assert name == cache.fingerprint({"a": 1}, ("cache.py",))

@@ -243,3 +243,18 @@ def test_traces_once_and_makes_no_callbacks():
 def example():
     arguments, _ = cases("add", seed=4, rows=100)
     return *arguments, np.zeros(100, np.int32)
+
+
+def test_tables_of_a_large_vocabulary_are_as_large_as_its_bytes():
+    """A few pieces of 128 bytes, which Qwen's and Llama's vocabularies have, must not widen the rest."""
+    rng = np.random.default_rng(0)
+    pieces = [rng.bytes(n) for n in rng.integers(1, 12, 50_000)] + [b" " * 128, b"", b" ####" + b"#" * 123]
+    tables = in_graph.token_bytes(pieces)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tables))
+    assert size < 10 * sum(map(len, pieces)) < 10e6
+    begin, length, byte, next_ink = map(np.asarray, (tables.begin, tables.length, tables.byte, tables.next_ink))
+    for i in (*rng.integers(len(pieces), size=200), *range(50_000, 50_003)):
+        piece, here = pieces[i], slice(begin[i], begin[i] + length[i] + 1)
+        assert byte[here].tobytes() == piece + b"\0"
+        stops = [w for w, one in enumerate(piece) if one != ord(" ")] + [len(piece)]
+        assert next_ink[here].tolist() == [next(w for w in stops if w >= c) for c in range(len(piece) + 1)]

@@ -7,7 +7,7 @@ import pytest
 
 from rl_reason.models import transformer
 from rl_reason.models.moe import MixtureOfExperts, RouterStatistics, balance_loss, z_loss
-from rl_reason.models.transformer import SwiGLU
+from rl_reason.models.transformer import FeedForward
 from tests.support import MOE, tiny_model, tiny_params
 
 X = jax.random.normal(jax.random.key(0), (15, 8))
@@ -19,7 +19,7 @@ def test_one_expert_is_a_dense_swiglu():
     params = jax.tree.map(lambda x: x[0], tiny_params(dense)["layers"]["mlp"])
     experts = {name: params[name]["kernel"][None] for name in ("gate", "up", "down")}
     out, *_ = jax.jit(MixtureOfExperts(moe).apply)({"params": experts | {"router": jnp.zeros((8, 1))}}, X, VALID)
-    np.testing.assert_allclose(out, jax.jit(SwiGLU(dense).apply)({"params": params}, X), atol=1e-5)
+    np.testing.assert_allclose(out, jax.jit(FeedForward(dense).apply)({"params": params}, X), atol=1e-5)
 
 
 def test_equals_a_loop_over_experts():

@@ -206,7 +206,7 @@ def test_files_are_refused_before_anything_compiles(tmp_path):
         (dict(num_prompts=0), "config.preference.num_prompts=0 must be at least 1."),
         (
             dict(microbatches=3),
-            "pairs_per_step=4 / microbatches=3 over 1 row shards (mesh data x fsdp) = 1.33333 pairs",
+            "pairs_per_step=4 / microbatches=3 over 1 row shards (mesh data x fsdp x expert) = 1.33333 pairs",
         ),
         (dict(heldout_every=3), "config.preference.heldout_every=3 is no multiple of config.steps_per_call=2"),
         (dict(judge=dict(noise_std=-1.0, failure_rate=0.0)), "noise_std must be at least 0"),

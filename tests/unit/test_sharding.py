@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rl_reason import sharding
 from rl_reason.models import transformer
+from rl_reason.sharding import FSDP
 from tests.support import MOE, config_names, load_config, tiny_model
 
 
@@ -41,12 +42,12 @@ def test_exactly_one_rule_matches_every_parameter(experts, tied):
 
 def test_dense_table():
     found = specs(tiny_model(tie_embeddings=False), mesh(fsdp=2, tensor=2))
-    assert found["embed"] == P(None, "fsdp")  # a vocabulary of 13 does not divide
-    assert found["unembed"] == P("fsdp", None)
-    assert found["layers/attention/q/kernel"] == P(None, "fsdp", "tensor", None)
-    assert found["layers/attention/out/kernel"] == P(None, "tensor", None, "fsdp")
-    assert found["layers/mlp/gate/kernel"] == found["layers/mlp/up/kernel"] == P(None, "fsdp", "tensor")
-    assert found["layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    assert found["embed"] == P(None, FSDP)  # a vocabulary of 13 does not divide
+    assert found["unembed"] == P(FSDP, None)
+    assert found["layers/attention/q/kernel"] == P(None, FSDP, "tensor", None)
+    assert found["layers/attention/out/kernel"] == P(None, "tensor", None, FSDP)
+    assert found["layers/mlp/gate/kernel"] == found["layers/mlp/up/kernel"] == P(None, FSDP, "tensor")
+    assert found["layers/mlp/down/kernel"] == P(None, "tensor", FSDP)
     norms = [name for name in found if "norm" in name]
     assert len(norms) == 5 and all(not any(found[name]) for name in norms)
 
@@ -55,7 +56,7 @@ def test_expert_table():
     found = specs(tiny_model(**MOE), mesh(fsdp=2, expert=2))
     assert found["layers/moe/gate"] == found["layers/moe/up"] == P(None, "expert", "fsdp", "tensor")
     assert found["layers/moe/down"] == P(None, "expert", "tensor", "fsdp")
-    assert found["layers/moe/router"] == P(None, "fsdp", None)
+    assert found["layers/moe/router"] == P(None, FSDP, None)
 
 
 @pytest.mark.parametrize("name", config_names())
