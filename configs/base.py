@@ -171,8 +171,8 @@ def get_config(arg: str = "") -> Config:
         entropy=config_dict.placeholder(object),  # dict(coef, how, divisor)
     )
 
-    # Of the loop "cohort": its policies by name, each with a seed from 1 up and what else it has of its own of model,
-    # optimizer, warmup, and of data for its warm-up: tasks, levels, weights and num_examples.
+    # Of the loop "cohort": its policies by name, each with a seed from 1 up and what else it has of its own: weights,
+    # tokenizer, and of model, optimizer, warmup, and of data for its warm-up: tasks, levels, weights and num_examples.
     config.cohort = dict()
 
     # dict(learning_rate) of the token reward model that oreal.objective reads
