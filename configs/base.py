@@ -140,6 +140,10 @@ def get_config(arg: str = "") -> Config:
         top_p=1.0,
         min_p=0.0,
         stop=(),  # strings that end a completion, besides EOS
+        # Of the weights while sampling: "train", as they are stored, where each decode step gathers every layer over fsdp
+        # (and, but for experts, over expert); or "decode": gathered once a rollout, into a copy that takes as many times
+        # more memory, in config.model.dtype. Of no matter where those axes are 1.
+        layout="train",
     )
     config.batch = dict(
         prompts_per_step=64,
