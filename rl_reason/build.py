@@ -276,6 +276,7 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
         ),
         num_shards=sharding.num_row_shards(mesh),
         merge_adapters=config.lora.merge_to_sample,
+        layout=r.layout,
     )
 
 

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from kernels.decode_attention import decode_attention, write_cache
 from rl_reason import sampling as sampling_lib
 from rl_reason.models import lora, rope, transformer
 from rl_reason.models.attention import keep_keys_values
+from rl_reason.models.cached_attention import attend_cached
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sampling import Sampling
-from rl_reason.sharding import ROWS, constrain, constrain_rows
+from rl_reason.sharding import ROWS, constrain, constrain_rows, heads_axis, make_resident
 from rl_reason.types import Prompts, Rollout, struct
 
+LAYOUTS = "train", "decode"
 _REDRAW = 2**31 - 1  # counted down from: no sample has such a number
 
 
@@ -42,6 +43,7 @@ class RolloutConfig:
     record_experts: bool = False  # of a mixture of experts: which experts each token that is fed was given to
     num_shards: int = 1  # pieces the rows are cut into; each has its own queue
     merge_adapters: bool = True  # into the weights, so that decoding is as fast as without
+    layout: str = "train"  # of the weights while sampling: as they are stored, or "decode"; one of LAYOUTS
 
 
 @struct
@@ -108,17 +110,10 @@ def prefill(params: PyTree, prompts: Prompts, config: ModelConfig, rollout: Roll
         return jax.tree.map(put, cache, run(*prompts)), None
 
     shape = (config.num_layers, shards, chunks, rows // shards, width, config.num_kv_heads, config.head_dim)
-    empty = constrain(jnp.zeros(shape, config.dtype), None, ROWS, None, None, None, kv_axis(config))
+    empty = constrain(jnp.zeros(shape, config.dtype), None, ROWS, None, None, None, heads_axis(config.num_kv_heads))
     parts = jnp.arange(chunks), cut(tokens), cut(prompts.prompt_len)
     cache, _ = jax.lax.scan(fill, (empty, empty), parts)
     return jax.tree.map(lambda x: x.reshape(x.shape[0], batch, *x.shape[4:]), cache)
-
-
-def kv_axis(config: ModelConfig) -> str | None:
-    """The mesh axis that cuts the caches' heads, as it cuts the projections that fill them; None where it does not divide
-    them."""
-    ways = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    return "tensor" if config.num_kv_heads % ways == 0 else None
 
 
 def _decode_layers(params, cache, prompt_cache, x, attend_with, config: ModelConfig):
@@ -219,22 +214,9 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         def attend_with(q, k, v, cache, prompt_cache, index, windowed):
             turn = rope.of_layer(here, windowed)
             q, k = rope.rotate(q, turn), rope.rotate(k, turn)
-            keys = write_cache(cache[0], k, count, layer=index)
-            values = write_cache(cache[1], v, count, layer=index)
-            out = decode_attention(
-                q,
-                keys,
-                values,
-                lengths=count + 1,
-                prompt_keys=prompt_cache[0],
-                prompt_values=prompt_cache[1],
-                prompt_lens=queue.prompt_len.reshape(-1) - 1,
-                prompt_index=flat(prompt),
-                num_shards=shards,
-                layer=index,
-                **config.attends(windowed),
-            )
-            return out, (keys, values)
+            shared = queue.prompt_len.reshape(-1) - 1, flat(prompt)
+            how = dict(num_shards=shards, **config.attends(windowed))
+            return attend_cached(q, k, v, tuple(cache), tuple(prompt_cache), count, *shared, index, **how)
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
         x, cache, experts = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
@@ -274,10 +256,12 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     longest = max((len(s) for s in rollout.stop_sequences), default=1)
     shape = (rollout.num_slots, length, config.num_kv_heads, config.head_dim)
     if config.scan_decode:
-        empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, kv_axis(config))
+        empty = constrain(
+            jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads_axis(config.num_kv_heads)
+        )
         cache: PyTree = (empty, empty)
     else:
-        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, kv_axis(config))
+        empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, heads_axis(config.num_kv_heads))
         cache = [(empty, empty) for _ in range(config.num_layers)]
     idle = _Slots(
         row=jnp.full((shards, width), rows, jnp.int32),
@@ -349,6 +333,8 @@ def check(rollout: RolloutConfig, batch: int) -> None:
         ValueError: naming the key, with the derived values.
     """
     shards, rows = rollout.num_shards, rollout.prefill_rows
+    if rollout.layout not in LAYOUTS:
+        raise ValueError(f"config.rollout.layout={rollout.layout!r}; there are {', '.join(LAYOUTS)}.")
     if rollout.check_every < 1 or rollout.completion_len < 1:
         raise ValueError(
             f"rollout.check_every={rollout.check_every} and completion_len={rollout.completion_len} must be at least 1."
@@ -393,7 +379,9 @@ def generate(
         limit=by_shard(full if max_new_tokens is None else jnp.clip(max_new_tokens, 1, rollout.completion_len)),
     )
     cast = lambda tree: jax.tree.map(lambda x: x.astype(config.dtype), tree)  # once, not at every token
-    prompt_cache = prefill(cast(params), prompts, config, rollout)
+    place = make_resident if rollout.layout == "decode" else lambda tree: tree
+    prompt_cache = prefill(place(cast(params)), prompts, config, rollout)
+    prompt_cache = constrain(prompt_cache, None, ROWS, None, heads_axis(config.num_kv_heads))
     layers = params["layers"]
     merge = lora.merged if rollout.merge_adapters else lambda layers: layers
     if config.scan_decode:
@@ -401,7 +389,7 @@ def generate(
     else:  # one array a layer: a slice of a stack would be copied at every step
         unstack = lambda tree: [transformer.layer(tree, i) for i in range(config.num_layers)]
         layers, prompt_cache = [merge(layer) for layer in unstack(layers)], unstack(prompt_cache)
-    params = cast(params | {"layers": layers})
+    params = place(cast(params | {"layers": layers}))
 
     step = _make_step(params, queue, prompt_cache, sampling, config, rollout)
     body = lambda loop: jax.lax.scan(step, loop, length=rollout.check_every)[0]

@@ -7,13 +7,14 @@ below pin what it must not guess; experts are multiplied inside ``shard_map`` (m
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")  # what a batch's rows are cut over
@@ -104,6 +105,44 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def resident_spec(spec: P) -> P:
+    """The decoding layout of what the table cuts so: whole over ``fsdp``, so that no step gathers it; ``tensor`` cuts on,
+    and ``expert`` the experts."""
+    return P(*(None if part in ("fsdp", FSDP) else part for part in spec))
+
+
+def make_resident(params: PyTree) -> PyTree:
+    """Parameters in the decoding layout on the mesh in use, gathered once; without a mesh they stay as they are.
+
+    Layers may be stacked, or a list of layers.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def place(path, x):
+        name, alone = re.subn(r"^layers/\d+/", "layers/", path_name(path))
+        spec = resident_spec(param_spec(name, (1,) * alone + x.shape, mesh))
+        return constrain(x, *spec[alone:])
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def bytes_per_device(
+    params: PyTree, mesh: Mesh | AbstractMesh, dtype: str | None = None, resident: bool = False
+) -> dict[str, int]:
+    """What each parameter (arrays or shapes) takes of a device, in its own type or ``dtype``; ``resident``: in the decoding
+    layout."""
+
+    def size(path, x):
+        spec = param_spec(path_name(path), x.shape, mesh)
+        shard = NamedSharding(mesh, resident_spec(spec) if resident else spec).shard_shape(x.shape)
+        return math.prod(shard) * np.dtype(dtype or x.dtype).itemsize
+
+    sizes = jax.tree_util.tree_map_with_path(size, params)
+    return {path_name(path): size for path, size in jax.tree_util.tree_leaves_with_path(sizes)}
+
+
 def like_params(
     tree: PyTree, params: PyTree, mesh: Mesh, others: Mapping[str, PyTree] = MappingProxyType({})
 ) -> PyTree:
@@ -134,6 +173,23 @@ def constrain(x: PyTree, *spec) -> PyTree:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P(*spec)), x)
 
 
+def heads_axis(num_heads: int) -> str | None:
+    """The axis of the mesh in use that cuts attention heads, ``tensor``, as it cuts the projections that make them; None
+    where it does not divide them."""
+    ways = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+    return "tensor" if num_heads % ways == 0 else None
+
+
 def constrain_rows(x: PyTree) -> PyTree:
     """Cuts the leading axis over data, fsdp and expert."""
     return constrain(x, ROWS)
+
+
+def by_rows(function: Callable, *arrays: Array) -> PyTree:
+    """``function`` of arrays whose rows have nothing to do with each other, on each device of its own rows: for operations
+    that the compiler would gather all rows for, as ``top_k``. Of all at once without a mesh, or where it does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or len(arrays[0]) % num_row_shards(mesh):
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=P(ROWS), out_specs=P(ROWS))(*arrays)

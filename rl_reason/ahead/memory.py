@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from rl_reason import build, sharding
 from rl_reason.ahead.collectives import Traffic, traffic
 from rl_reason.ahead.programs import Program, device_bytes
-from rl_reason.rollout import kv_axis
 from rl_reason.types import TrainState
 
 STATE = {"params": "parameters", "opt_state": "optimizer", "ref_params": "reference", "models": "other models"}
@@ -119,6 +118,6 @@ def cache_bytes(experiment: build.Experiment) -> int:
     positions = parts.plan.generated_prompts * parts.prompt_widths.prompt + rollout.num_slots * rollout.completion_len
     each = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     with jax.sharding.use_abstract_mesh(experiment.mesh.abstract_mesh):
-        axis = kv_axis(model)
+        axis = sharding.heads_axis(model.num_kv_heads)
     heads = experiment.mesh.shape[axis] if axis else 1
     return positions * each // (sharding.num_row_shards(experiment.mesh) * heads)

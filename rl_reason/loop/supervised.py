@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from kernels.entropy_covariance import token_statistics
 from rl_reason.loop.partition import join, split
 from rl_reason.loop.parts import Parts
 from rl_reason.loop.update import apply_gradient
 from rl_reason.masked import masked_mean
 from rl_reason.models import transformer
 from rl_reason.models.attention import causal_attention, packed_attention
+from rl_reason.models.head import score_tokens
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.types import Metrics, TrainState, struct
 
@@ -38,16 +38,16 @@ def negative_log_likelihood(
     else:
         valid, attend = batch.segments > 0, packed_attention(batch.segments)
     hidden = transformer.forward(params, batch.tokens, valid, model, attend).hidden[:, :-1]
-    statistics = token_statistics(
+    logprobs, entropy = score_tokens(
         hidden.reshape(rows * (width - 1), -1),
         transformer.unembedding(params, model),
         batch.tokens[:, 1:].reshape(-1),
-        temperature=1.0,
-        soft_cap=model.final_soft_cap or None,
+        1.0,
+        model.final_soft_cap or None,
     )
     mask = batch.loss_mask[:, 1:].reshape(-1)
-    loss = -masked_mean(statistics.logprob, mask)
-    return loss, {"sft/loss": loss, "sft/entropy": masked_mean(statistics.entropy, mask)}
+    loss = -masked_mean(logprobs, mask)
+    return loss, {"sft/loss": loss, "sft/entropy": masked_mean(entropy, mask)}
 
 
 def make_chunk(parts: Parts) -> Callable:

@@ -50,9 +50,9 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = segments is None and soft_cap is None and not isinstance(window, jax.Array)
     if dispatch.platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and plain:
-        how: dict[str, typing.Any] = dict(local_window_size=None if window is None else (window - 1, 0))
-        how |= dict(scale=scale, is_causal=True, implementation="cudnn")
-        return jax.nn.dot_product_attention(q, k, v, **how), None
+        seen = (window - 1, 0) if isinstance(window, int) else None
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
+        return attend(q, k, v, scale=scale, local_window_size=seen), None
     how = dict(scale=scale, soft_cap=soft_cap)
     if isinstance(window, jax.Array) or splash.unfit(*q.shape[1:4:2]):
         return _by_xla(q, k, v, segments, window=window, **how), None

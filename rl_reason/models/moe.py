@@ -1,5 +1,6 @@
 """A mixture of SwiGLU experts: softmax router, top-k, and what its choices say about balance."""
 
+import functools
 import typing
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.grouped_matmul import route
 from rl_reason.models.experts import Experts, apply_experts
+from rl_reason.sharding import by_rows
 
 if typing.TYPE_CHECKING:
     from rl_reason.models.transformer import ModelConfig
@@ -71,10 +73,11 @@ class MixtureOfExperts(nn.Module):
 
         accumulate = jnp.promote_types(c.dtype, jnp.float32)
         logits = x.astype(accumulate) @ router.astype(accumulate)
-        weights, expert_ids = route(logits, c.experts_per_token)
+        weights, expert_ids = by_rows(functools.partial(route, top_k=c.experts_per_token), logits)
         if recorded is not None:
             weights, expert_ids = replay(logits, expert_ids, recorded)
-        out = apply_experts(x, weights, expert_ids, Experts(gate, up, down))
+        # Who initialises wants no output, and does it under vmap, of which kernels inside shard_map know nothing.
+        out = x if self.is_initializing() else apply_experts(x, weights, expert_ids, Experts(gate, up, down))
 
         live = valid[:, None].astype(accumulate)
         one_hot = jax.nn.one_hot(expert_ids, c.num_experts, dtype=accumulate).sum(1)

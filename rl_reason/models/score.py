@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from kernels.entropy_covariance import token_statistics
 from rl_reason.models import transformer
+from rl_reason.models.head import score_tokens
 from rl_reason.models.moe import RouterStatistics
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sharding import constrain_rows
@@ -42,12 +42,12 @@ def score(
     predicts = jnp.minimum(prompt_len[:, None] - 1 + steps, width - 1)  # the column whose output scores the next token
     hidden = jnp.take_along_axis(out.hidden, predicts[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, jnp.minimum(predicts + 1, width - 1), axis=1)
-    statistics = token_statistics(
+    logprobs, entropy = score_tokens(
         constrain_rows(hidden).reshape(-1, hidden.shape[-1]),
         transformer.unembedding(params, config),
         targets.reshape(-1),
-        temperature=temperature,
-        soft_cap=config.final_soft_cap or None,
+        temperature,
+        config.final_soft_cap or None,
     )
     offset = jnp.clip(jnp.arange(width) - prompt_len[:, None], 0, completion_len - 1)
 
@@ -55,4 +55,4 @@ def score(
         x = jnp.take_along_axis(constrain_rows(x.reshape(targets.shape)), offset, axis=1)
         return jnp.where(completion_mask, x, 0.0)
 
-    return Scores(place(statistics.logprob), place(statistics.entropy), out.router)
+    return Scores(place(logprobs), place(entropy), out.router)
