@@ -138,7 +138,7 @@ def get_config(arg: str = "") -> Config:
         top_k=0,
         top_p=1.0,
         min_p=0.0,
-        stop=(),  # strings that end a completion, besides EOS
+        stop=(),  # strings that end a completion, besides EOS; found by the ids that each has alone, so let it be one token
     )
     config.batch = dict(
         prompts_per_step=64,

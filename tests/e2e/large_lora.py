@@ -56,7 +56,9 @@ def step(folder: pathlib.Path) -> None:
     began, ours = time.perf_counter(), experiment()
     model = ours.parts.model
     with jax.set_mesh(ours.mesh), VerifierPool(1, 5.0) as pool:
-        params = hf_weights.read(folder / "base", model, sharding.param_shardings(hf_weights.shapes_of(model), ours.mesh)).params
+        params = hf_weights.read(
+            folder / "base", model, sharding.param_shardings(hf_weights.shapes_of(model), ours.mesh)
+        ).params
         said("read", began)
         driver = Reinforcement(ours, pool)
         state = driver.initial_state(params)

@@ -28,7 +28,9 @@ SHAPE = MODELS["Qwen2.5-1.5B"] if "Qwen2.5-1.5B" in MODELS else MODELS["Qwen2.5-
 
 def experiment() -> build.Experiment:
     config = base.get_config("smoke")
-    config.model.update(SHAPE, dtype="bfloat16", param_dtype="bfloat16", scan_layers=True, scan_decode=True, remat="full")
+    config.model.update(
+        SHAPE, dtype="bfloat16", param_dtype="bfloat16", scan_layers=True, scan_decode=True, remat="full"
+    )
     config.lora.rank = 16
     config.warmup.num_steps = 0
     config.steps_per_call = config.num_steps = 1
@@ -36,5 +38,7 @@ def experiment() -> build.Experiment:
     config.checkpoint.every = 0
     config.rollout.update(completion_len=8, num_slots=4)
     config.batch.update(prompts_per_step=2, group_size=2, train_group_size=2, generated_prompts=2, minibatches=1)
-    config.reward.update(fn=..., )
+    config.reward.update(
+        fn=...,
+    )
     return build.build(config, jax.devices()[:1])
