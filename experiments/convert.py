@@ -62,21 +62,20 @@ class Opened(typing.NamedTuple):
     params: "PyTree"
     model: "ModelConfig"
     dtype: str
-    like: pathlib.Path | None
+    like: pathlib.Path | None = None
     extra: Mapping[str, typing.Any] = {}
     files: Mapping[str, pathlib.Path | str] = {}
 
 
 def open_checkpoint(args: argparse.Namespace, folder: pathlib.Path, display: "Display") -> Opened:
     """A Hugging Face checkpoint, or one that was converted with ``--as=orbax``."""
-    from rl_reason.models import hf_export, hf_files, hf_names, hf_weights
+    from rl_reason.models import hf_files, hf_names, hf_weights
     from rl_reason.models.transformer import ModelConfig
 
     if args.step is not None or args.policy is not None:
         raise ValueError(f"--step and --policy are of runs; {folder} is a checkpoint.")
     config = read_json(folder / CONFIG)
-    orbax = (folder / hf_weights.PARAMS).is_dir()
-    if orbax:
+    if (folder / hf_weights.PARAMS).is_dir():
         stored = config.get("torch_dtype") or config["dtype"]
     else:
         checkpoint = hf_files.Checkpoint(folder)
@@ -89,11 +88,19 @@ def open_checkpoint(args: argparse.Namespace, folder: pathlib.Path, display: "Di
     for what, names in (("left in place", loaded.towers), ("not used", loaded.unused)):
         if names:
             display.info(f"{folder}: {len(names)} tensors {what}: {first_of(names)}")
-    if not orbax:
-        return Opened(loaded.params, model, dtype, pathlib.Path(args.like or folder))
-    extra = {key: config[key] for key in TOKEN_IDS if key in config}
-    like = pathlib.Path(args.like) if args.like else None
-    return Opened(loaded.params, model, dtype, like, extra, hf_export.companions(folder))
+    return beside(Opened(loaded.params, model, dtype), pathlib.Path(args.like or folder))
+
+
+def beside(opened: Opened, like: pathlib.Path) -> Opened:
+    """With what goes along from a checkpoint; of one by Orbax, whose config.json may tell of towers that it lacks, the
+    tokenizer alone."""
+    from rl_reason.models import hf_export, hf_weights
+
+    if not (like / hf_weights.PARAMS).is_dir():
+        return opened._replace(like=like)
+    config = read_json(like / CONFIG)
+    ids = {key: config[key] for key in TOKEN_IDS if key in config}
+    return opened._replace(extra=ids, files=hf_export.companions(like))
 
 
 def open_run(args: argparse.Namespace, run: pathlib.Path, display: "Display") -> Opened:
@@ -110,7 +117,7 @@ def open_run(args: argparse.Namespace, run: pathlib.Path, display: "Display") ->
     own = config.cohort[args.policy] if args.policy else config
     weights = args.like or own.get("weights", "")
     if weights and (args.like or (pathlib.Path(weights) / CONFIG).is_file()):
-        return Opened(params, setup.model, dtype, pathlib.Path(weights))
+        return beside(Opened(params, setup.model, dtype), pathlib.Path(weights))
     if weights:
         display.warn(f"{weights}, which the run started from, is gone: its towers do not come along (--like=DIR)")
     longest = config.data.max_prompt_len_tokens + config.rollout.completion_len

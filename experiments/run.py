@@ -3,6 +3,7 @@
 Trains what a config describes and leaves everything about it in one directory.
 """
 
+import functools
 import os
 import sys
 import typing
@@ -92,12 +93,13 @@ def open_together(config: Config) -> "RunDir":
     from rl_reason import processes
     from rl_reason.report.rundir import RunError, open_run
 
-    options = dict(config_name=config_files.name_of(config_files.resolved(sys.argv)), resume=_RESUME.value)
+    name = config_files.name_of(config_files.resolved(sys.argv))
+    opened = functools.partial(open_run, config.to_dict(), config_name=name, resume=_RESUME.value)
     if processes.is_first():
-        run = open_run(config.to_dict(), run=_RUN.value, may_change=MAY_CHANGE, **options)
+        run = opened(run=_RUN.value, may_change=MAY_CHANGE)
         processes.broadcast_text(str(run.path.absolute()))
     else:
-        run = open_run(config.to_dict(), run=processes.broadcast_text(""), write=False, **options)
+        run = opened(run=processes.broadcast_text(""), write=False)
     if blind := processes.blind_to(run.path):
         raise RunError(
             f"the processes {blind} do not see what process 0 writes into {run.path}: name a directory by --run=DIR, with a "

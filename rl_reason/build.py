@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from configs.common import Config
 from rl_reason import aggregation, checks, judging, learning, members, sharding, slots
@@ -295,7 +295,7 @@ def _replays(config: Config, plan: BatchPlan) -> bool:
     return True
 
 
-def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
+def new_state(parts: Parts, params: PyTree, seed: int | Int[Array, ""]) -> TrainState:
     """A state at step 0 around given parameters, with fresh adapters where those learn."""
     models = _new_models(parts, params, seed)
     if parts.lora is not None:
@@ -311,7 +311,7 @@ def new_state(parts: Parts, params: PyTree, seed: int) -> TrainState:
     )
 
 
-def _new_models(parts: Parts, params: PyTree, seed: int) -> dict[str, PyTree]:
+def _new_models(parts: Parts, params: PyTree, seed: int | Int[Array, ""]) -> dict[str, PyTree]:
     """The token reward model, and the judges with random weights, in whose place a run puts trained ones."""
     key = lambda purpose: jax.random.fold_in(jax.random.key(seed), purpose)
     models: dict[str, PyTree] = {}
@@ -375,15 +375,16 @@ def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) ->
 def init_params(experiment: Experiment) -> PyTree:
     """Random parameters, born sharded; the same whatever the mesh."""
     parts, mesh = experiment.parts, experiment.mesh
-    places = jax.tree.map(lambda x: x.sharding, param_shapes(parts.model, None, mesh))
+    places = sharding.param_shardings(param_shapes(parts.model), mesh)
     init = lambda key: transformer.init(key, parts.model)
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.config.seed))
 
 
 def init_state(experiment: Experiment, parts: Parts, params: PyTree) -> TrainState:
     """A sharded state at step 0; ``params`` is copied, so the state may be donated."""
-    make = lambda params: new_state(parts, jax.tree.map(jnp.copy, params), experiment.config.seed)
-    return jax.jit(make, out_shardings=state_shardings(parts, experiment.mesh))(params)
+    # The seed is an argument, because XLA would draw from a constant one while it compiles, and slowly.
+    make = lambda params, seed: new_state(parts, jax.tree.map(jnp.copy, params), seed)
+    return jax.jit(make, out_shardings=state_shardings(parts, experiment.mesh))(params, experiment.config.seed)
 
 
 def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

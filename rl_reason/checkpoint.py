@@ -139,6 +139,8 @@ def restore_named(path: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
     Raises:
         CheckpointError: arrays that are not there, or have other shapes.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is missing; put it back.")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found: typing.Any = checkpointer.metadata(path).item_metadata
         wrong = [

@@ -32,11 +32,14 @@ _THROUGH = (
 )  # what keeps a scalar's value
 
 
+Sizes = dict[tuple[str, int], float]  # bytes by kind and depth
+
+
 class Traffic(typing.NamedTuple):
     """Bytes by kind on one device: ``[0]`` is a whole run of the program, ``[n]`` a single pass of n loops of unknown length
     that are within each other."""
 
-    num_bytes: dict[tuple[str, int], float]
+    num_bytes: Sizes
 
     def of(self, depth: int) -> dict[str, float]:
         """Bytes of each kind, in KINDS' order, at a depth of open loops."""
@@ -73,11 +76,11 @@ def num_bytes(shape: str) -> int:
 def traffic(text: str) -> Traffic:
     """What the entry computation of ``compiled.as_text()`` sends."""
     computations, entry = _computations(text)
-    known: dict[str, dict[tuple[str, int], float]] = {}
+    known: dict[str, Sizes] = {}
 
-    def total(name: str) -> dict[tuple[str, int], float]:
+    def total(name: str) -> Sizes:
         if name not in known:
-            found: collections.Counter = collections.Counter()
+            found: Sizes = collections.defaultdict(float)
             for instruction in computations[name].values():
                 _add(found, _own(instruction, computations[name]))
                 for times, callee in _callees(instruction, computations):
@@ -88,13 +91,13 @@ def traffic(text: str) -> Traffic:
     return Traffic(total(entry))
 
 
-def _add(found: collections.Counter, more: Mapping[tuple[str, int], float], times: int | None = 1) -> None:
+def _add(found: Sizes, more: Mapping[tuple[str, int], float], times: int | None = 1) -> None:
     """``times`` None is a loop of unknown length: one level deeper."""
     for (kind, depth), size in more.items():
         found[kind, depth + (times is None)] += size * (1 if times is None else times)
 
 
-def _own(instruction: _Instruction, computation: Mapping[str, _Instruction]) -> dict[tuple[str, int], float]:
+def _own(instruction: _Instruction, computation: Mapping[str, _Instruction]) -> Sizes:
     """What an instruction itself sends; an asynchronous one counts where it starts."""
     opcode = instruction.opcode.removesuffix("-start")
     kind = _ALSO.get(opcode, opcode)

@@ -7,7 +7,7 @@ from rl_reason import build, sharding
 from rl_reason.ahead.memory import Need
 
 GIB = 2**30
-STATE_ROWS = ("parameters", "optimizer", "reference", "judges", "other policies")
+STATE_ROWS = ("parameters", "optimizer", "reference", "other models", "other policies")
 
 
 class Lever(typing.NamedTuple):
@@ -28,25 +28,24 @@ def levers(experiment: build.Experiment, needs: Sequence[Need], hbm_bytes: int) 
     for need in needs:
         if not need.fits(hbm_bytes):
             for lever in (*_of_state(experiment, need), *_of_rollout(experiment, need), *_of_update(experiment, need)):
-                if lever.saves > max(found.get(lever.change, lever).saves - 1, 0):
+                best = found.get(lever.change)
+                if lever.saves > 0 and (best is None or lever.saves > best.saves):
                     found[lever.change] = lever
     return sorted(found.values(), key=lambda lever: -lever.saves)
 
 
 def _of_state(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
-    state, sizes = sum(need.parts[row] for row in STATE_ROWS), dict(experiment.mesh.shape)
-    yield Lever("a slice of twice the chips, on mesh.fsdp,", state // 2, True)
-    model = experiment.parts.model
-    if experiment.parts.model.param_dtype == "float32":
-        yield Lever("model.param_dtype='bfloat16'", state // 2, True)
-    if model.num_experts and sizes["expert"] < model.num_experts and sizes["fsdp"] > 1:
-        yield Lever(
-            f"mesh.expert={2 * sizes['expert']} in place of half of fsdp", need.parts["temporaries"] // 2, False
-        )
+    parts, model = need.parts, experiment.parts.model
+    sizes, temporary = dict(experiment.mesh.shape), need.parts["temporaries"]
+    yield Lever("a slice of twice the chips, on mesh.fsdp,", sum(parts[row] for row in STATE_ROWS) // 2, True)
+    if experiment.config.optimizer.mu_dtype != "bfloat16" and model.param_dtype == "float32":
+        yield Lever("optimizer.mu_dtype='bfloat16'", parts["optimizer"] // 4, True)  # half of one of two moments
+    if model.param_dtype == "float32":  # of what learns, fp32 masters take up what this saves
+        yield Lever("model.param_dtype='bfloat16'", parts["reference"] // 2, True)
+    if sizes["expert"] < model.num_experts and sizes["fsdp"] > 1:
+        yield Lever(f"mesh.expert={2 * sizes['expert']} in place of half of fsdp", temporary // 2, False)
     if model.num_kv_heads % (2 * sizes["tensor"]) == 0 and sizes["fsdp"] > 1:
-        yield Lever(
-            f"mesh.tensor={2 * sizes['tensor']} in place of half of fsdp", need.parts["temporaries"] // 2, False
-        )
+        yield Lever(f"mesh.tensor={2 * sizes['tensor']} in place of half of fsdp", temporary // 2, False)
 
 
 def _of_rollout(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
@@ -54,14 +53,12 @@ def _of_rollout(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
         return
     rollout, plan = experiment.parts.rollout, experiment.parts.plan
     shards = sharding.num_row_shards(experiment.mesh)
-    own, prompts = (
-        rollout.num_slots * rollout.completion_len,
-        plan.generated_prompts * experiment.parts.prompt_widths.prompt,
-    )
-    cache = need.parts["KV cache"]
+    own = rollout.num_slots * rollout.completion_len
+    prompts = plan.generated_prompts * experiment.parts.prompt_widths.prompt
+    half = need.parts["KV cache"] * own // (own + prompts) // 2
     if rollout.num_slots // 2 >= shards:
-        yield Lever(f"rollout.num_slots={rollout.num_slots // 2}", cache * own // (own + prompts) // 2, True)
-    yield Lever(f"rollout.completion_len={rollout.completion_len // 2}", cache * own // (own + prompts) // 2, True)
+        yield Lever(f"rollout.num_slots={rollout.num_slots // 2}", half, True)
+    yield Lever(f"rollout.completion_len={rollout.completion_len // 2}", half, True)
     rows = rollout.prefill_rows or plan.generated_prompts
     if rows // 2 >= shards:
         yield Lever(f"rollout.prefill_rows={rows // 2}", need.parts["temporaries"] // 2, False)
@@ -76,7 +73,7 @@ def _of_update(experiment: build.Experiment, need: Need) -> Iterator[Lever]:
         yield Lever(f"batch.microbatch_rows={rows // 2}", temporary // 2, False)
     if experiment.config.loop == "preference":
         yield Lever(f"preference.microbatches={2 * experiment.config.preference.microbatches}", temporary // 2, False)
-    if not parts.model.remat:
-        yield Lever("model.remat=True", temporary * (parts.model.num_layers - 1) // parts.model.num_layers, False)
+    if parts.model.remat == "none":
+        yield Lever("model.remat='full'", temporary * (parts.model.num_layers - 1) // parts.model.num_layers, False)
     if experiment.config.loop == "rl":
         yield Lever(f"rollout.completion_len={parts.rollout.completion_len // 2}", temporary // 2, False)

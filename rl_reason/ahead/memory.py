@@ -13,7 +13,7 @@ from rl_reason.ahead.collectives import Traffic, traffic
 from rl_reason.ahead.programs import Program, device_bytes
 from rl_reason.types import TrainState
 
-STATE = {"params": "parameters", "opt_state": "optimizer", "ref_params": "reference", "models": "judges"}
+STATE = {"params": "parameters", "opt_state": "optimizer", "ref_params": "reference", "models": "other models"}
 ROWS = (*STATE.values(), "other policies", "batch", "KV cache", "temporaries", "code")  # in the order of a table
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -96,6 +96,8 @@ def other_configs(config: Config) -> dict[str, Config]:
             )
         other = config.copy_and_resolve_references()
         other.loop, other.seed = "supervised", config.seed + entry["seed_offset"]
+        if entry["model"]:
+            other.weights = ""  # they are of the policy's model
         for section in ("model", "warmup"):
             for key, value in entry[section].items():
                 if key not in other[section]:

@@ -48,9 +48,9 @@ def causal_attention(
     token sees those of its own segment only; as RoPE is relative, it does not matter where in the row that begins.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = segments is None and soft_cap is None and (window is None or isinstance(window, int))
+    plain = segments is None and soft_cap is None and not isinstance(window, jax.Array)
     if dispatch.platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and plain:
-        seen = None if window is None else (window - 1, 0)
+        seen = (window - 1, 0) if isinstance(window, int) else None
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
         return attend(q, k, v, scale=scale, local_window_size=seen), None
     how = dict(scale=scale, soft_cap=soft_cap)

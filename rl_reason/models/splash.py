@@ -6,6 +6,7 @@ fsdp and expert, heads over tensor as far as they divide.
 
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,8 @@ def _on_one_device(q, k, v, segments, *, scale, soft_cap, window):
     q = fill((q * scale).astype(q.dtype)).reshape(rows, padded, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = (fill(x).transpose(0, 2, 1, 3) for x in (k, v))
     kernel = _kernel(padded, groups, block, soft_cap, window)
-    if segments is None:
-        out = jax.vmap(jax.vmap(kernel))(q, k, v)
-    else:
-        ids = fill(segments)
-        out = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, splash.SegmentIds(ids, ids))
+    ids = None if segments is None else splash.SegmentIds(fill(segments), fill(segments))
+    out: typing.Any = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, ids)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, padded, heads, head_dim)[:, :width]
 
 

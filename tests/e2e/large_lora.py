@@ -4,21 +4,22 @@
 step of two prompts with two samples each on adapters, and writes FOLDER/merged. Prints GiB of resident memory, at its peak.
 """
 
-import functools
 import pathlib
 import resource
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import base
 from configs.models import MODELS
 from rl_reason import build, sharding
 from rl_reason.drivers.reinforcement import Reinforcement
-from rl_reason.models import hf_export, hf_weights, transformer
+from rl_reason.models import hf_export, hf_weights
 from rl_reason.models.hf_files import Checkpoint
+from rl_reason.sharding import path_name
 from rl_reason.verifier_pool import VerifierPool
 
 NAME = "Qwen2.5-1.5B"
@@ -46,8 +47,14 @@ def said(what: str, began: float) -> None:
 
 
 def make(folder: pathlib.Path) -> None:
+    """A million numbers, again and again: what they are is of no account."""
     began, model = time.perf_counter(), experiment().parts.model
-    params = jax.jit(functools.partial(transformer.init, config=model))(jax.random.key(0))
+    block = (0.02 * np.random.default_rng(0).standard_normal(2**20 + 7)).astype(jnp.bfloat16)
+
+    def fill(path, x):
+        return np.ones(x.shape, x.dtype) if "norm" in path_name(path) else np.resize(block, x.shape)
+
+    params = jax.tree_util.tree_map_with_path(fill, hf_weights.shapes_of(model))
     hf_export.write(folder / "base", params, model, dtype="bfloat16")
     said("made", began)
 

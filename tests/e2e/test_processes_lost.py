@@ -129,3 +129,5 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path, data, mode):
     assert two > four and f"stopped at step {two}" in first.output
     assert f"resumed at step {two}" in harness.succeed(*flags, "--resume")
     assert_same_run(run, alone)
+    for ours, expected in zip(harness.metrics(run), harness.metrics(alone), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-9, abs=1e-9)

@@ -190,6 +190,37 @@ def test_parameters_are_as_many_as_published(name):
     assert active == pytest.approx(published_active, rel=0.02)  # to two digits
 
 
+def towers(layers: int, hidden: int, mlp: int, *, rms: bool) -> int:
+    """Intern-S1's vision tower and projector, which we leave in the checkpoint: InternViT on 32 x 32 patches of 14 x 14.
+
+    The large one has RMS norms, on queries and keys too, and no biases on q, k, v; the small one LayerNorms and biases.
+    """
+    embeddings = 3 * 14 * 14 * hidden + hidden + hidden + (32 * 32 + 1) * hidden  # patches, their bias, CLS, positions
+    attention = 4 * hidden**2 + hidden + (2 * hidden if rms else 3 * hidden)
+    scales = 2 * hidden  # of what attention and feed-forward add
+    norms = 2 * hidden if rms else 2 * 2 * hidden
+    layer = attention + scales + norms + 2 * hidden * mlp + mlp + hidden
+    text = 4096
+    projector = (
+        2 * 4 * hidden + 4 * hidden * text + text + text**2 + text
+    )  # norm, two linear maps; four patches are one
+    return embeddings + layers * layer + projector
+
+
+@pytest.mark.parametrize(
+    "name, beside, total, active",
+    [
+        ("Intern-S1", towers(45, 3200, 12800, rms=True), 240.710e9, 27.807e9),
+        ("Intern-S1-mini", towers(24, 1024, 4096, rms=False), 8.539e9, 8.539e9),
+    ],
+)
+def test_intern_s1_to_the_last_digit_published(name, beside, total, active):
+    config = load_config("base")
+    config.model.update(MODELS[name])
+    counts = num_params(build.model_config(config, SentencePieceTokenizer.load()))
+    assert [round((count + beside) / 1e6) for count in counts] == [total / 1e6, active / 1e6]
+
+
 def test_a_vocabulary_is_the_tokenizers_or_more():
     config, tokenizer = load_config("base"), SentencePieceTokenizer.load()
     assert build.model_config(config, tokenizer).vocab_size == tokenizer.vocab_size

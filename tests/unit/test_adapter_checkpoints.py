@@ -46,7 +46,7 @@ def test_a_state_comes_back_around_its_base(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "base")
     with pytest.raises(CheckpointError, match=r"checkpoints/base is missing: adapters mean nothing without it"):
         checkpoints.restore_base(params)
-    with pytest.raises(CheckpointError, match="base"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/base is missing"):
         evaluate.restore_policy(tmp_path / "checkpoints", evaluate.setup_of(experiment.config, one_device()))
     checkpoints.close()
 

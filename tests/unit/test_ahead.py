@@ -179,6 +179,10 @@ def test_programs_are_the_ones_that_a_step_runs():
     config.verify = "split"
     assert names(build.build(config, one_device())) == ["draw", "learn"]
     assert names(smoke("sft")) == ["chunk"] == names(smoke("air"))
+
+
+@pytest.mark.slow
+def test_each_policy_of_a_cohort_draws_and_learns():
     cohort = [program.name for program in programs_of_a_cohort()]
     assert cohort == [f"{word} {name}" for word in ("draw", "learn") for name in ("automata", "differences", "sums")]
 
@@ -199,6 +203,7 @@ def test_a_state_is_counted_by_its_pieces():
     assert size(program.state.opt_state) == 2 * size(program.state.params) + 8
 
 
+@pytest.mark.slow
 def test_what_lives_beside_a_program_counts():
     draw = next(program for program in programs_of_a_cohort() if program.name == "draw sums")
     parts = memory._parts(draw, programs.device_bytes(draw.arguments), 0, 0, 0)
@@ -227,14 +232,16 @@ def saved(experiment, *needs, hbm=0):
 def test_levers_answer_what_memory_is_full_of():
     experiment = smoke(rollout=dict(num_slots=16, completion_len=24), batch=dict(microbatch_rows=16))
     # 8 prompts of 18 tokens and 16 slots of 24: 144 of 528 positions are the prompts'.
-    draw = need("draw", **{"KV cache": 528, "parameters": 100, "temporaries": 50})
+    draw = need("draw", **{"KV cache": 528, "parameters": 100, "optimizer": 200, "reference": 100, "temporaries": 50})
     assert saved(experiment, draw)["rollout.num_slots=8"] == (528 - 144) / 2
-    assert saved(experiment, draw)["model.param_dtype='bfloat16'"] == 50
+    assert saved(experiment, draw)["model.param_dtype='bfloat16'"] == 50  # of the reference
+    assert saved(experiment, draw)["optimizer.mu_dtype='bfloat16'"] == 50  # of the first of two moments
+    assert saved(experiment, draw)["a slice of twice the chips, on mesh.fsdp,"] == 200
     assert "batch.microbatch_rows=8" not in saved(experiment, draw)
     learn = need("learn", temporaries=900, parameters=100)
     found = levers(experiment, [draw, learn], 600)
     assert found[0].saves == max(lever.saves for lever in found)
-    assert {"batch.microbatch_rows=8", "rollout.num_slots=8"} <= {lever.change for lever in found}
+    assert {"batch.microbatch_rows=8", "rollout.num_slots=8", "model.remat='full'"} <= {x.change for x in found}
     assert saved(experiment, draw, hbm=1000) == {}  # it fits
 
 

@@ -1,8 +1,11 @@
 """From a run to a checkpoint, and from one checkpoint to another; and runs that start from them."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from rl_reason.models import hf_config, hf_export, hf_weights
 from rl_reason.models.hf_config import WeightsError
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.report.rundir import open_run
+from rl_reason.types import TrainState
 from tests.support import load_config, one_device
 from tests.unit.test_hf_weights import assert_same, params_of, tiny
 
@@ -35,13 +39,19 @@ def run(tmp_path_factory):
     """(directory, parameters) of a run of the default's shapes that was saved at step 2."""
     path = tmp_path_factory.mktemp("runs") / "one"
     config = load_config("base")
-    experiment = build.build(config, one_device())
     open_run(config.to_dict(), config_name="base", run=str(path))
+    params = params_of(build.model_config(config, EMBEDDED_TOKENIZER))
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
-    state = build.init_state(experiment, experiment.parts, build.init_params(experiment))
+    state = TrainState(step=jnp.int32(2), params=params, opt_state=None, key=jax.random.key(0))
     checkpoints.save(2, (state, None), dict(step=2))
     checkpoints.close()
-    return path, state.params
+    return path, params
+
+
+@pytest.fixture(scope="module")
+def experiment(checkpoint):
+    """One that starts from the checkpoint."""
+    return build.build(settled(checkpoint), one_device())
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +157,7 @@ def test_policies_of_a_cohort_have_their_own(checkpoint):
         config_files.settled(config, {})
 
 
-def test_a_run_starts_from_weights(checkpoint):
-    experiment = build.build(settled(checkpoint), one_device())
+def test_a_run_starts_from_weights(experiment):
     counted = []
     loaded = warmup.initial(experiment, lambda *count: counted.append(count))
     assert_same(loaded.params, params_of(experiment.parts.model))
@@ -157,13 +166,14 @@ def test_a_run_starts_from_weights(checkpoint):
     assert warm.params is loaded.params and not warm.cached
 
 
-def test_warm_ups_of_other_weights_are_others(checkpoint, tmp_path):
-    experiment = build.build(settled(checkpoint), one_device())
+def test_warm_ups_of_other_weights_are_others(experiment, checkpoint, tmp_path):
     name = warmup.fingerprint(experiment)
     assert name == warmup.fingerprint(experiment)
-    experiment.config.weights = str(tmp_path / "copy")
-    convert.main([f"--from={checkpoint}", f"--to={tmp_path / 'copy'}", "--dtype=bfloat16"])
-    assert warmup.fingerprint(experiment) != name
+    config = experiment.config.copy_and_resolve_references()
+    config.weights = str(tmp_path / "other")
+    shutil.copytree(checkpoint, config.weights)
+    (tmp_path / "other/model.safetensors").touch()
+    assert warmup.fingerprint(dataclasses.replace(experiment, config=config)) != name
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(checkpoint, tmp_path):
@@ -172,4 +182,4 @@ def test_a_vocabulary_smaller_than_the_tokenizers(checkpoint, tmp_path):
     with pytest.raises(
         ValueError, match=f"config.model.vocab_size=32 is less than the {VOCAB} ids of config.tokenizer"
     ):
-        build.build(settled(tmp_path / "small"), one_device())
+        build.model_config(settled(tmp_path / "small"), EMBEDDED_TOKENIZER)

@@ -1,7 +1,6 @@
 """docs/memory.md has the numbers that shapes give; python tests/unit/test_memory_table.py prints its table."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 
@@ -11,6 +10,7 @@ import numpy as np
 from configs.models import MODELS
 from rl_reason import build, learning
 from rl_reason.loop.partition import split
+from rl_reason.loop.parts import Parts
 from rl_reason.models import lora, transformer
 from rl_reason.models.lora import Lora
 from tests.support import load_config, tiny_parts
@@ -33,24 +33,21 @@ def gib(tree) -> float:
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) / GIB
 
 
-@functools.cache
-def parts_of(way: str):
+def parts_of(way: str, tiny: Parts) -> Parts:
     param_dtype, mu_dtype, adapters = WAYS[way]
     keys = dict(MODELS[NAME]) | dict(dtype="bfloat16", param_dtype=param_dtype)
-    model = dataclasses.replace(tiny_parts("base").model, **keys)
     o = load_config("base").optimizer.to_dict() | dict(mu_dtype=mu_dtype)
     return dataclasses.replace(
-        tiny_parts("base"),
-        model=model,
+        tiny,
+        model=dataclasses.replace(tiny.model, **keys),
         optimizer=learning.adamw(o, lambda _: 1e-6),
         lora=adapters,
         frozen=() if adapters is None else lora.FROZEN,
     )
 
 
-def measured(way: str) -> dict[str, float]:
+def measured(parts: Parts) -> dict[str, float]:
     """GiB of each part. The decoder's weights are unstacked layers, and what else is cast (``scan_decode`` False)."""
-    parts = parts_of(way)
     params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
     state = jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
     copied = params if parts.model.param_dtype == "float32" else params["layers"]
@@ -72,8 +69,9 @@ def table() -> str:
         "| | parameters | optimizer | gradients | decoder's weights | caches | rollout | update | reference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    tiny = tiny_parts("base")
     for way in WAYS:
-        m = measured(way)
+        m = measured(parts_of(way, tiny))
         stays = m["parameters"] + m["optimizer"]
         rollout, update = stays + m["decoder"] + m["cache"], stays + m["gradients"]
         numbers = (m["parameters"], m["optimizer"], m["gradients"], m["decoder"], m["cache"], rollout, update)

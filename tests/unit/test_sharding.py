@@ -115,4 +115,4 @@ def test_judges_lie_like_parameters_of_their_own_shapes():
         params = sharding.param_shardings(build.param_shapes(judge.model), experiment.mesh)
         found = placed[name]["params"]
         assert specs_of(found.get("backbone", found)) == specs_of(params)
-    assert placed["judge"]["params"]["embed"].spec == P("tensor", "fsdp")
+    assert placed["judge"]["params"]["embed"].spec == P("tensor", sharding.FSDP)
