@@ -33,8 +33,6 @@ BUDGET = " iterations left"  # a variable that no template can name
 PROBE: Sequence[Message] = ({"role": "user", "content": "1+1="},)
 # What Python raises where a template does with its values what they cannot do.
 _MISUSE = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
 _CURE = "Mend the template, or set config.data.chat='plain' to go without."
 
 
