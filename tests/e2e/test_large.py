@@ -1,5 +1,7 @@
-"""What real sizes need: a 0.6B model with AdamW from a checkpoint through a step to a checkpoint, as a user has it done,
-and reading beside what is read. Slow, and their peaks are printed: ``pytest -n 0 -s -m slow tests/e2e/test_large.py``.
+"""What real sizes need: a 0.6B model with AdamW, and a 1.5B one with adapters, from a checkpoint through a step to a
+checkpoint, as a user has it done; and reading beside what is read.
+
+Slow, and their peaks are printed: ``pytest -n 0 -s -m slow tests/e2e/test_large.py``.
 """
 
 import os
@@ -20,15 +22,18 @@ LIMIT = 20 * GIB
 NAME = "Qwen3-0.6B"
 
 MAKE = """
-import functools, pathlib, sys, jax
+import sys, jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from configs.models import MODELS
 from rl_reason.data.sentencepiece_tokenizer import EMBEDDED
-from rl_reason.models import hf_export, transformer
+from rl_reason.models import hf_export, hf_weights
 from rl_reason.models.transformer import ModelConfig
+from rl_reason.sharding import path_name
 how = dict(dtype="bfloat16", param_dtype="bfloat16", scan_layers=True, scan_decode=True, remat="none")
 changes = eval(sys.argv[3])
 model = ModelConfig.of(MODELS[sys.argv[2]] | changes | how)
-params = jax.jit(functools.partial(transformer.init, config=model))(jax.random.key(0))
+block = (0.02 * np.random.default_rng(0).standard_normal(2**20 + 7)).astype(ml_dtypes.bfloat16)  # again and again
+fill = lambda path, x: jnp.ones(x.shape, x.dtype) if "norm" in path_name(path) else jnp.asarray(np.resize(block, x.shape))
+params = jax.tree_util.tree_map_with_path(fill, hf_weights.shapes_of(model))
 hf_export.write(
     sys.argv[1], params, model, dtype="bfloat16", files={"tokenizer.model": EMBEDDED}, max_shard_bytes=int(sys.argv[4])
 )
@@ -96,22 +101,46 @@ def test_reading_needs_little_beside_what_is_read(max_shard_bytes, tmp_path):
     assert beside <= 1.2 * max(stacked, file)
 
 
-def test_a_step_of_0_6b_with_adamw(tmp_path):
-    weights, run, out = make(tmp_path / "weights"), tmp_path / "run", tmp_path / "out"
+def stepped(weights: pathlib.Path, folder: pathlib.Path, *flags: str) -> Checkpoint:
+    """What a step makes of a checkpoint; prints what it needs, loading and saving and the export included."""
+    run, out = folder / "run", folder / "out"
     peaks = {}
     step = measured(
-        *("-m", "experiments.run", "--config=tests/e2e/large.py", f"--config.weights={weights}", f"--run={run}")
+        *("-m", "experiments.run", "--config=tests/e2e/large.py", f"--config.weights={weights}", f"--run={run}"),
+        *flags,
     )
-    assert "[weights] done 310/310" in step.output
+    names = Checkpoint(weights).names
+    assert f"[weights] done {len(names)}/{len(names)}" in step.output
     peaks["load, step, save"] = step.peak
     peaks["export"] = measured("-m", "experiments.convert", f"--from={run}", f"--to={out}", "--dtype=bfloat16").peak
     print("\n" + "\n".join(f"{what}: peak {peak / GIB:.2f} GiB" for what, peak in peaks.items()))
 
     (row,) = metrics(run)
     assert row["actor/grad_norm"] > 0 and row["actor/skipped_updates"] == 0
-    before, after = Checkpoint(weights), Checkpoint(out)
-    assert before.names == after.names and (out / "tokenizer.model").exists()
-    name = "model.layers.3.mlp.down_proj.weight"
-    change = after.read(name).astype(np.float32) - before.read(name).astype(np.float32)
-    assert 0 < np.abs(change).max() < 1e-3  # AdamW's first step is the learning rate, and bf16 rounds
+    assert Checkpoint(out).names == names and (out / "tokenizer.model").exists()
     assert max(peaks.values()) < LIMIT
+    return Checkpoint(out)
+
+
+def change(before: Checkpoint, after: Checkpoint, name: str) -> float:
+    """The largest in a tensor."""
+    return float(np.abs(after.read(name).astype(np.float32) - before.read(name).astype(np.float32)).max())
+
+
+def test_a_step_of_0_6b_with_adamw(tmp_path):
+    weights = make(tmp_path / "weights")
+    after = stepped(weights, tmp_path)
+    # AdamW's first step is the learning rate, and bf16 rounds.
+    assert 0 < change(Checkpoint(weights), after, "model.layers.3.mlp.down_proj.weight") < 1e-3
+
+
+def test_a_step_of_1_5b_with_adapters_on_bf16(tmp_path):
+    weights = make(tmp_path / "weights", "Qwen2.5-1.5B")
+    bf16 = ("--config.model.dtype=bfloat16", "--config.model.param_dtype=bfloat16")
+    rate = "--config.optimizer.learning_rate=1e-2"  # of B, whose products with A are then more than bf16's rounding
+    after = stepped(weights, tmp_path, *bf16, "--config.lora.rank=16", rate)
+    before = Checkpoint(weights)
+    for name in ("embed_tokens.weight", "layers.3.input_layernorm.weight", "layers.3.self_attn.q_proj.bias"):
+        assert change(before, after, f"model.{name}") == 0
+    for name in ("mlp.down_proj", "self_attn.q_proj"):
+        assert 0 < change(before, after, f"model.layers.3.{name}.weight") < 0.1
