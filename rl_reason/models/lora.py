@@ -10,6 +10,7 @@ x A and (x A) B are products of their own: of W + A B as one matrix the gradient
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -52,7 +53,7 @@ def add(key: Key[Array, ""], params: PyTree, config: Lora) -> PyTree:
     Raises:
         ValueError: a target that finds no kernel.
     """
-    flat = flatten_dict(params, sep="/")
+    flat = by_path(params)
     for index, path in enumerate(targets(list(flat), config.targets)):
         layers, *sizes = flat[path].shape
         num_inputs = 2 if path.endswith("attention/out/kernel") else 1  # heads and a head's size
@@ -83,7 +84,7 @@ def targets(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 def base(params: PyTree) -> PyTree:
     """The parameters without adapters: the same arrays."""
-    flat = flatten_dict(params, sep="/")
+    flat = by_path(params)
     return unflatten_dict({path: x for path, x in flat.items() if not path.endswith(LEAVES)}, sep="/")
 
 
@@ -92,7 +93,7 @@ def merged(params: PyTree) -> PyTree:
 
     Of all layers one is in fp32 at a time.
     """
-    flat = flatten_dict(params, sep="/")
+    flat = by_path(params)
     kernels = [path for path in flat if path.endswith("/kernel") and _beside(path)[0] in flat]
     if not kernels:
         return params
@@ -101,6 +102,11 @@ def merged(params: PyTree) -> PyTree:
         stacked = given[-1].ndim > 0  # of one layer scale is a number
         flat[path] = jax.lax.map(lambda of: _merge(*of), given) if stacked else _merge(*given)
     return unflatten_dict(flat, sep="/")
+
+
+def by_path(params: PyTree) -> dict[str, typing.Any]:
+    """Arrays by their paths, as "attention/q/kernel"."""
+    return typing.cast(dict, flatten_dict(params, sep="/"))
 
 
 def _merge(kernel: Array, a: Array, b: Array, scale: Array) -> Array:

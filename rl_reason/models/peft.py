@@ -3,14 +3,13 @@
 import pathlib
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
 from rl_reason import processes
 from rl_reason.models.hf_files import whole_or_absent
 from rl_reason.models.hf_names import LAYER
-from rl_reason.models.lora import LEAVES
+from rl_reason.models.lora import LEAVES, by_path
 from rl_reason.report.files import to_json
 
 PREFIX = "base_model.model.model.layers"
@@ -23,7 +22,7 @@ def write(folder: str | pathlib.Path, params: PyTree, base: str) -> None:
         ValueError: parameters without adapters.
         WeightsError: something is in the way.
     """
-    flat = flatten_dict(params["layers"], sep="/")
+    flat = by_path(params["layers"])
     adapted = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not adapted:
         raise ValueError("There are no adapters among these parameters: export them as a checkpoint.")

@@ -47,7 +47,7 @@ def test_an_adapted_product_and_its_gradients_by_hand():
 
     def run(a, b):
         adapted = params | {"lora_a": a, "lora_b": b, "lora_scale": scale}
-        return Model().apply({"params": {"q": adapted}}, x)[0, 0]
+        return jnp.sum(jnp.asarray(Model().apply({"params": {"q": adapted}}, x)))
 
     y, slopes = jax.value_and_grad(run, (0, 1))(params["lora_a"], params["lora_b"])
     assert float(y) == 10.0
@@ -93,8 +93,7 @@ def test_a_step_moves_adapters_alone(x64):
     # With a KL term, whose reference is the base, of which no copy is kept: it is exactly 0 until adapters do something.
     config = load_config("grpo")
     config.lora.rank = 2
-    plan = dict(minibatches=1, group_size=4, train_group_size=4)
-    parts = tiny_parts(config, FLOAT64 | dict(num_layers=1), **plan)
+    parts = tiny_parts(config, FLOAT64 | dict(num_layers=1), minibatches=1, group_size=4, train_group_size=4)
     kl = dict(estimator="k3", coef=0.1, how="token_mean", divisor=1.0)
     parts = dataclasses.replace(parts, regularisers=dict(kl=kl))
     state = build.new_state(parts, tiny_params(parts.model, scale=1.5), 0)
