@@ -1,4 +1,4 @@
-"""python -m experiments.convert --from=DIR --to=DIR [--dtype=bfloat16] [--step=N] [--like=DIR] [--as=orbax]
+"""python -m experiments.convert --from=DIR --to=DIR [--dtype=bfloat16] [--step=N] [--like=DIR] [--as=orbax|adapters]
 
 From a run (its directory, or its name below runs/) or the folder of a Hugging Face checkpoint, to a folder that
 transformers and vLLM load and that ``--config.weights`` starts from. Every tensor's name and shape is checked.
@@ -45,9 +45,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--as",
         dest="form",
-        choices=("safetensors", "orbax"),
+        choices=("safetensors", "orbax", "adapters"),
         default="safetensors",
-        help="orbax: only for us, on pods",
+        help="orbax: only for us, on pods; adapters: of a run with some, those alone, in PEFT's format",
     )
     add("--like", metavar="DIR", help="the checkpoint whose config.json, tokenizer and towers go along (default: of a "
         "run its config.weights, of a checkpoint itself)")  # fmt: skip
@@ -144,12 +144,16 @@ def tokenizer_files(config: "Config") -> dict[str, pathlib.Path | str]:
 
 def convert(args: argparse.Namespace, source: pathlib.Path, of_run: bool, display: "Display") -> None:
     """Reads, checks and writes."""
-    from rl_reason.models import hf_export, hf_files
+    from rl_reason.models import hf_export, hf_files, peft
     from rl_reason.report.console import human
 
     target = pathlib.Path(args.target)
     hf_files.refuse_to_overwrite(target)
     opened = (open_run if of_run else open_checkpoint)(args, source, display)
+    if args.form == "adapters":
+        peft.write(target, opened.params, base=str(opened.like or source))
+        display.info(f"{target}: adapters of {opened.like or source}")
+        return
     with display.phase("write", unit="tensor") as phase:
         export = hf_export.write(
             target,

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from experiments import config_files, convert
 from rl_reason import build, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
+from rl_reason.drivers.supervised import Supervised
 from rl_reason.models import hf_config, hf_export, hf_weights
 from rl_reason.models.hf_config import WeightsError
 from rl_reason.models.transformer import ModelConfig
@@ -106,6 +108,25 @@ def test_there_and_back_through_orbax(checkpoint, tmp_path):
         hf_weights.read(there, model)
 
 
+def test_adapters_alone_or_merged(tmp_path, capsys):
+    config = load_config("sft")
+    config.lora.rank = 2
+    driver = Supervised(experiment := build.build(config, one_device()))
+    params = build.init_params(experiment)
+    state = driver.initial_state(params)
+    open_run(config.to_dict(), config_name="sft", run=str(tmp_path / "run"))
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep=1)
+    checkpoints.save_base(params)
+    checkpoints.save(2, (driver.kept(state), driver.pending), dict(step=2))
+    checkpoints.close()
+    assert convert.main([f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'alone'}", "--as=adapters"]) == 0
+    assert f"adapters of {tmp_path / 'run'}" in capsys.readouterr().out
+    with safe_open(tmp_path / "alone/adapter_model.safetensors", "numpy") as file:
+        assert len(file.keys()) == 2 * 2 * 7  # A and B of two layers
+    assert convert.main([f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'merged'}"]) == 0
+    assert_same(read(tmp_path / "merged")[1]["layers"], params["layers"])  # B is 0 at first
+
+
 @pytest.mark.parametrize(
     "args, says",
     [
@@ -113,6 +134,7 @@ def test_there_and_back_through_orbax(checkpoint, tmp_path):
         (["--from={run}", "--step=3"], "holds no step 3; it has 2"),
         (["--from={run}", "--policy=small"], "--policy=small: the run has none of that name"),
         (["--from={hf}", "--step=3"], "--step and --policy are of runs"),
+        (["--from={run}", "--as=adapters"], "There are no adapters among these parameters"),
         (["--from={run}", "--like={hf}"], "is of another model than this one, which has num_layers=2 (there 3)"),
     ],
 )
