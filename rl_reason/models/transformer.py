@@ -113,7 +113,7 @@ class ModelConfig:
 def rms_norm(x: Float[Array, "*r D"], weight: Float[Array, " D"], config: ModelConfig) -> Float[Array, "*r D"]:
     """x / rms(x) * weight (arXiv:1910.07467), or 1 + weight; in fp32 or wider, given in the activation dtype."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
-    weight = weight.astype(wide) + config.norm_plus_one
+    weight = jnp.expand_dims(weight.astype(wide) + config.norm_plus_one, range(x.ndim - 1))
     x = x.astype(wide)
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * weight
     return (x * scale).astype(config.dtype)
