@@ -138,7 +138,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
     aggregation.check(reduced)
     o = config.optimizer.to_dict()
     schedule = learning.rl_schedule(o, config.num_steps * (plan.updates_per_step if config.loop == "rl" else 1))
-    judges = judging.described(config.models or {}, model, train.names, tokenizer)
+    judges = judging.described(config.to_dict()["models"] or {}, model, train.names, tokenizer)
     parts = Parts(
         model=model,
         rollout=rollout,
