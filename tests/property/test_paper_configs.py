@@ -257,7 +257,7 @@ def test_rlccf_traces(paper):
     """Four policies of their own sizes and tokenizers: a draw, the vote and an update of each, by shapes."""
     config = load_on_one_device("rlccf")
     assert len({own.tokenizer for own in config.cohort.values() if "tokenizer" in own} | {config.tokenizer}) == 4
-    with pytest.raises(ValueError, match=r"config\.tokenizer='checkpoints/Qwen2\.5-7B': no file there"):
+    with pytest.raises(ValueError, match=r"config\.tokenizer='checkpoints/Qwen2\.5-7B': no file or folder"):
         build.build(config, one_device())
     config = paper("rlccf")
     experiment = build.build(config, one_device())
