@@ -59,6 +59,7 @@ def test_two_processes_train_as_one_does(tmp_path, alone, data, mode):
     assert_same_run(run, alone(mode))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, alone, data):
     """The second process alone hears SIGTERM; resumed, the run ends as if nothing had been."""
     run = tmp_path / "run"
