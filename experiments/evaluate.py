@@ -329,9 +329,23 @@ def interval(estimate: Mapping[str, float]) -> str:
     return "" if math.isnan(estimate["value"]) else f"[{100 * estimate['low']:.0f},{100 * estimate['high']:.0f}]"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluates, prints the table and writes the files."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates, prints the table and writes the files; returns the exit status."""
     args = parse_args(argv)
+    try:
+        evaluate_together(args)
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate_together(args: argparse.Namespace) -> None:
+    """With all processes of the evaluation.
+
+    Raises:
+        SystemExit: whatever the user can mend.
+    """
     run = pathlib.Path(args.run)
     if not run.exists() and "/" not in args.run and (pathlib.Path("runs") / run).exists():
         run = pathlib.Path("runs") / run
@@ -372,4 +386,4 @@ def evaluate_and_write(args: argparse.Namespace, run: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -72,7 +72,7 @@ def with_policy(**own):
         (with_policy(seed=0), "config.cohort.third.seed=0;"),
         (
             with_policy(seed=3, batch={}),
-            "config.cohort.third has batch. A policy of a cohort may have its own seed, to",
+            "config.cohort.third has batch. A policy of a cohort may have its own seed, weights, to",
         ),
         (with_policy(seed=3, modell={}), "config.cohort.third has modell. Did you mean 'model'?"),
         (with_policy(seed=3, model=dict(num_layer=2)), "third.model has num_layer. Did you mean 'num_layers'?"),
