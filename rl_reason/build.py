@@ -346,17 +346,12 @@ def _stats(parts: Parts) -> dict[str, typing.Any]:
     return stats
 
 
-def param_shapes(model: ModelConfig) -> PyTree:
-    """A model's parameters, described."""
-    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
-
-
 def state_shardings(parts: Parts, mesh: Mesh) -> TrainState:
     """Where each part of the state lives: parameters by the table, moments, references and judges like them, the rest
     everywhere."""
-    params = param_shapes(parts.model)
+    params = transformer.param_shapes(parts.model)
     state = jax.eval_shape(lambda params: new_state(parts, params, 0), params)
-    judges = {f"models/{name}/": param_shapes(judge.model) for name, judge in parts.judges.items()}
+    judges = {f"models/{name}/": transformer.param_shapes(judge.model) for name, judge in parts.judges.items()}
     return sharding.like_params(state, state.params, mesh, judges)
 
 
@@ -375,7 +370,7 @@ def placed_shapes(model: ModelConfig, adapters: lora.Lora | None, mesh: Mesh) ->
 def init_params(experiment: Experiment) -> PyTree:
     """Random parameters, born sharded; the same whatever the mesh."""
     parts, mesh = experiment.parts, experiment.mesh
-    places = sharding.param_shardings(param_shapes(parts.model), mesh)
+    places = sharding.param_shardings(transformer.param_shapes(parts.model), mesh)
     init = lambda key: transformer.init(key, parts.model)
     return jax.jit(init, out_shardings=places)(jax.random.key(experiment.config.seed))
 

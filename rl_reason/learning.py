@@ -93,5 +93,4 @@ def adapters(keys: Mapping[str, typing.Any], model: ModelConfig) -> Lora | None:
 
 
 def _paths(model: ModelConfig) -> list[tuple]:
-    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(transformer.param_shapes(model))]

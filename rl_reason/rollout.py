@@ -256,9 +256,7 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     longest = max((len(s) for s in rollout.stop_sequences), default=1)
     shape, heads = (rollout.num_slots, length, config.num_kv_heads, config.head_dim), heads_axis(config.num_kv_heads)
     if config.scan_decode:
-        empty = constrain(
-            jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads_axis(config.num_kv_heads)
-        )
+        empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads)
         cache: PyTree = (empty, empty)
     else:
         empty = constrain(jnp.zeros(shape, config.dtype), ROWS, None, heads)

@@ -7,6 +7,7 @@ below pin what it must not guess; experts are multiplied inside ``shard_map`` (m
 
 import math
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
@@ -71,6 +72,11 @@ def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
 def path_name(path: tuple) -> str:
     """'layers/attention/q/kernel' for a tree path."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def by_path(tree: PyTree) -> dict[str, typing.Any]:
+    """The leaves of a tree by the names of their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def path_matches(path: tuple, patterns: Iterable[str]) -> bool:
@@ -142,8 +148,7 @@ def bytes_per_device(
         shard = NamedSharding(mesh, resident_spec(spec) if resident else spec).shard_shape(x.shape)
         return math.prod(shard) * np.dtype(dtype or x.dtype).itemsize
 
-    sizes = jax.tree_util.tree_map_with_path(size, params)
-    return {path_name(path): size for path, size in jax.tree_util.tree_leaves_with_path(sizes)}
+    return by_path(jax.tree_util.tree_map_with_path(size, params))
 
 
 def like_params(
@@ -154,14 +159,13 @@ def like_params(
     Optimizer moments carry the parameters' paths below their own, so the longest matching suffix names the parameter.
     ``others`` are parameters of other models, by the path below which leaves follow those.
     """
-    by_name = lambda params: {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    own, elsewhere = by_name(params), {prefix: by_name(params) for prefix, params in others.items()}
+    own, elsewhere = by_path(params), {prefix: by_path(params) for prefix, params in others.items()}
 
     def place(path, leaf):
         name = path_name(path)
         known = next((names for prefix, names in elsewhere.items() if name.startswith(prefix)), own)
         for start in (0, *(m.end() for m in re.finditer("/", name))):
-            if known.get(name[start:]) == leaf.shape:
+            if name[start:] in known and known[name[start:]].shape == leaf.shape:
                 return NamedSharding(mesh, param_spec(name[start:], leaf.shape, mesh))
         return NamedSharding(mesh, P())
 

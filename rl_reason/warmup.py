@@ -12,7 +12,7 @@ from rl_reason import build, cache, processes, sharding
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import supervised_stream
 from rl_reason.loop import supervised
-from rl_reason.models import hf_files, hf_weights
+from rl_reason.models import hf_files, hf_weights, transformer
 
 MADE_BY = (
     *("models", "data", "tasks", "build.py", "sharding.py", "warmup.py", "cache.py"),
@@ -52,7 +52,7 @@ def initial(
     if not experiment.config.weights:
         return hf_weights.Loaded(build.init_params(experiment), [], [])
     model = experiment.parts.model
-    shardings = sharding.param_shardings(hf_weights.shapes_of(model), experiment.mesh)
+    shardings = sharding.param_shardings(transformer.param_shapes(model), experiment.mesh)
     return hf_weights.read(experiment.config.weights, model, shardings, on_tensor)
 
 

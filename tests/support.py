@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from experiments import config_files
 from rl_reason import build, slots
 from rl_reason.batch import BatchPlan
@@ -26,6 +27,7 @@ from rl_reason.types import Prompts, Rollout, Verdicts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 VOCAB, PAD, EOS = 13, 0, 2
+DEFAULT = base.get_config().model.to_dict()  # what tiny models are in all but size
 PROMPT_WIDTH, COMPLETION_LEN = 5, 6
 
 
@@ -88,40 +90,8 @@ def one_device() -> list:
 
 def tiny_model(**changes: typing.Any) -> ModelConfig:
     """Two layers, grouped-query attention, 13 tokens; ``num_experts=4, experts_per_token=2`` makes it a mixture."""
-    model = ModelConfig(
-        vocab_size=VOCAB,
-        num_layers=2,
-        hidden_size=8,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        mlp_size=12,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-        tie_embeddings=True,
-        num_experts=0,
-        experts_per_token=0,
-        activation="silu",
-        qkv_bias=False,
-        qk_norm=True,
-        post_norms=False,
-        norm_plus_one=False,
-        scale_embeddings=True,
-        query_scale=0.0,
-        attention_soft_cap=0.0,
-        final_soft_cap=0.0,
-        rope_scaling=None,
-        rope_theta_local=0.0,
-        window=0,
-        full_every=0,
-        max_position=0,
-        dtype="float32",
-        param_dtype="float32",
-        scan_layers=False,
-        scan_decode=False,
-        remat="none",
-    )
-    return dataclasses.replace(model, **changes)
+    sizes = dict(vocab_size=VOCAB, num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=12)
+    return dataclasses.replace(ModelConfig.of(DEFAULT | sizes), **changes)
 
 
 MOE: dict[str, typing.Any] = dict(num_experts=4, experts_per_token=2)
@@ -145,7 +115,7 @@ FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  #
 def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 2.0):
     """Random parameters by numpy, the same on every jax; a larger ``scale`` of embeddings makes tokens differ more."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    shapes = transformer.param_shapes(model)
 
     def fill(path, leaf):
         name = path_name(path)

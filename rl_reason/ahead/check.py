@@ -83,7 +83,7 @@ def search(config: Config, generation: str, compiling: Compiling) -> Iterator[tu
         TopologyError: no such generation, or no libtpu.
         RefusedError: the compiler refused a program for another reason than memory.
     """
-    for name in topology.larger(generation):
+    for name in topology.slices(generation):
         where = topology.find(name)
         try:
             experiment, _ = described(config, where)

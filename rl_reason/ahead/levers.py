@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from rl_reason import build, sharding
 from rl_reason.ahead.memory import Need
+from rl_reason.ahead.topology import GIB
 
-GIB = 2**30
 STATE_ROWS = ("parameters", "optimizer", "reference", "other models", "other policies")
 
 

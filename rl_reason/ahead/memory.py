@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from rl_reason import build, sharding
 from rl_reason.ahead.collectives import Traffic, traffic
 from rl_reason.ahead.programs import Program, device_bytes
+from rl_reason.models import transformer
 from rl_reason.types import TrainState
 
 STATE = {"params": "parameters", "opt_state": "optimizer", "ref_params": "reference", "models": "other models"}
@@ -116,8 +116,7 @@ def cache_bytes(experiment: build.Experiment) -> int:
     parts = experiment.parts
     model, rollout = parts.model, parts.rollout
     positions = parts.plan.generated_prompts * parts.prompt_widths.prompt + rollout.num_slots * rollout.completion_len
-    each = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     with jax.sharding.use_abstract_mesh(experiment.mesh.abstract_mesh):
         axis = sharding.heads_axis(model.num_kv_heads)
     heads = experiment.mesh.shape[axis] if axis else 1
-    return positions * each // (sharding.num_row_shards(experiment.mesh) * heads)
+    return positions * transformer.kv_bytes(model) // (sharding.num_row_shards(experiment.mesh) * heads)

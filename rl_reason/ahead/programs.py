@@ -21,6 +21,7 @@ from rl_reason.loop import cohort, preference, supervised
 from rl_reason.loop.chunk import nothing_yet
 from rl_reason.loop.engine import Fused, Split
 from rl_reason.loop.preference import Pairs
+from rl_reason.models import transformer
 from rl_reason.types import Prompts, TrainState, Verdicts, on_host
 
 
@@ -50,7 +51,7 @@ def device_bytes(tree: PyTree) -> int:
 
 def state_of(experiment: build.Experiment) -> TrainState:
     """A state of the experiment, described."""
-    params = build.param_shapes(experiment.parts.model)
+    params = transformer.param_shapes(experiment.parts.model)
     shapes = jax.eval_shape(lambda params: build.new_state(experiment.parts, params, 0), params)
     shardings = build.state_shardings(experiment.parts, experiment.mesh)
     return jax.tree.map(lambda x, where: _described(x, where), shapes, shardings)

@@ -134,14 +134,14 @@ def find(name: str) -> Slice:
     return Slice(name, generation, chips, hosts, devices, importlib.metadata.version("libtpu"))
 
 
-def larger(generation: str, chips: int = 0) -> list[str]:
-    """Names of a generation's slices of more than so many chips, smallest first.
+def slices(generation: str) -> list[str]:
+    """Names of a generation's slices, smallest first.
 
     Raises:
         TopologyError: no such generation.
     """
     found, _ = parse(generation if ":" in generation else f"{generation}:{_smallest(generation)}")
-    return [f"{found.name}:{written(shape)}" for shape in found.slices if math.prod(shape) > chips]
+    return [f"{found.name}:{written(shape)}" for shape in found.slices]
 
 
 def _smallest(generation: str) -> str:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from rl_reason.models.transformer import ModelConfig
+from rl_reason.models.transformer import ModelConfig, kv_bytes
 
 TRAIN_TO_FORWARD = 3  # FLOPs of forward and backward over those of the forward
 ADAM_PASSES = 7  # reads of gradient, parameter and two moments, writes of the latter three
@@ -65,24 +65,15 @@ def matmul_params(config: ModelConfig) -> Matmuls:
 def forward_flops(config: ModelConfig, *, tokens: int, scored: int, context: int) -> float:
     """FLOPs of a forward over ``tokens`` tokens of which ``scored`` pass the vocabulary head.
 
-    >>> model = ModelConfig(
-    ...     vocab_size=5, num_layers=1, hidden_size=2, num_heads=1, num_kv_heads=1, head_dim=2, mlp_size=3,
-    ...     rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, num_experts=0, experts_per_token=0,
-    ...     activation="silu", qkv_bias=False, qk_norm=True, post_norms=False, norm_plus_one=False,
-    ...     scale_embeddings=True, query_scale=0.0, attention_soft_cap=0.0, final_soft_cap=0.0, rope_scaling=None,
-    ...     rope_theta_local=0.0, window=0, full_every=0, max_position=0,
-    ...     dtype="float32", param_dtype="float32", scan_layers=False, scan_decode=False, remat="none")
+    >>> from configs import base
+    >>> sizes = dict(vocab_size=5, num_layers=1, hidden_size=2, num_heads=1, num_kv_heads=1, head_dim=2, mlp_size=3)
+    >>> model = ModelConfig.of(base.get_config().model.to_dict() | sizes)
     >>> forward_flops(model, tokens=1, scored=1, context=1)  # 2 * (4 * 4 + 3 * 6) + 2 * 10 + 4 * 2
     96.0
     """
     weights = matmul_params(config)
     products = 2.0 * config.num_layers * weights.layer_active * tokens + 2.0 * weights.head * scored
     return products + 4.0 * config.num_layers * config.num_heads * config.head_dim * context
-
-
-def kv_bytes(config: ModelConfig) -> int:
-    """Bytes of one position's keys and values, over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
 
 
 def causal_context(lengths: Int[np.ndarray, " n"]) -> int:

@@ -17,9 +17,10 @@ from rl_reason.models import hf_names, lora
 from rl_reason.models.hf_config import CONFIG, config_json
 from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
 from rl_reason.models.hf_names import PREFIXES, Plan
-from rl_reason.models.hf_weights import PARAMS, OnTensor, check, keys_of, shapes_of
-from rl_reason.models.transformer import ModelConfig
+from rl_reason.models.hf_weights import PARAMS, OnTensor, check, keys_of
+from rl_reason.models.transformer import ModelConfig, param_shapes
 from rl_reason.report.files import to_json
+from rl_reason.sharding import by_path
 
 # What goes along with weights: tokenizers, chat templates, processors, and code that config.json's auto_map names.
 COMPANIONS = (
@@ -118,7 +119,7 @@ def prepare(
         source = Checkpoint(like)
         layout = check(source, model)
         towers, prefix, config = layout.towers, layout.prefix, layout.config
-    plan = hf_names.plan(shapes_of(model), model, prefix)
+    plan = hf_names.plan(param_shapes(model), model, prefix)
     width = numpy_dtype(dtype).itemsize
     sizes = {piece.name: math.prod(piece.shape) * width for _, piece in hf_names.in_order(plan)}
     if source is not None:
@@ -135,7 +136,7 @@ def _with_dtype(config: Mapping[str, typing.Any], dtype: str) -> dict[str, typin
 
 def _tensors(params: PyTree, export: Export, dtype: str, on_tensor: OnTensor) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors by name in the order of ``export.sizes``; a layer of a parameter is on the host at a time."""
-    leaves, count = hf_names.by_path(params), itertools.count(1)
+    leaves, count = by_path(params), itertools.count(1)
     of_layer = lambda pair: (pair[0], pair[1].place[:1])
     for (path, layer), pairs in itertools.groupby(hf_names.in_order(export.plan), of_layer):
         whole = processes.to_host(leaves[path][layer] if layer else leaves[path])

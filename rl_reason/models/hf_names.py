@@ -9,12 +9,11 @@ import math
 import typing
 from collections.abc import Collection, Iterator, Mapping
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from rl_reason.models.transformer import ModelConfig
-from rl_reason.sharding import path_name
+from rl_reason.sharding import by_path
 
 
 class Tensor(typing.NamedTuple):
@@ -154,8 +153,3 @@ def prefix_of(names: Collection[str]) -> str | None:
 def is_fused(names: Collection[str], prefix: str) -> bool:
     """Whether the experts of a layer lie in one tensor."""
     return f"{prefix}layers.0.{FUSED['moe/gate'].name}" in names
-
-
-def by_path(tree: PyTree) -> dict[str, typing.Any]:
-    """The leaves of a tree by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

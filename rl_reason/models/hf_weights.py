@@ -5,7 +5,6 @@ shape is checked against the model before a byte of data is read.
 """
 
 import dataclasses
-import functools
 import pathlib
 import typing
 from collections.abc import Callable, Sequence
@@ -16,11 +15,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rl_reason.checkpoint import restore_tree
-from rl_reason.models import hf_names, transformer
+from rl_reason.models import hf_names
 from rl_reason.models.hf_config import CONFIG, WeightsError, first_of, model_keys, read_json
 from rl_reason.models.hf_files import DTYPES, Checkpoint
 from rl_reason.models.hf_names import HEAD, HEADS, PREFIXES, Piece, Plan
-from rl_reason.models.transformer import ModelConfig
+from rl_reason.models.transformer import ModelConfig, param_shapes
+from rl_reason.sharding import by_path
 
 PARAMS = "params"  # where a folder has its parameters by Orbax, in place of safetensors
 COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints have it
@@ -56,12 +56,12 @@ def read(
     Raises:
         WeightsError: a checkpoint of another model, or one that is not whole; names the file or tensor.
     """
-    shapes = shapes_of(model)
+    shapes = param_shapes(model)
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     if (pathlib.Path(folder) / PARAMS).is_dir():
         return Loaded(_restore(pathlib.Path(folder), model, shardings), [], [])
-    leaves, places = hf_names.by_path(shapes), hf_names.by_path(shardings)
+    leaves, places = by_path(shapes), by_path(shardings)
     checkpoint = Checkpoint(folder)
     layout = check(checkpoint, model)
     arrays, done, total = {}, 0, sum(map(len, layout.plan.values()))
@@ -79,15 +79,9 @@ def _restore(folder: pathlib.Path, model: ModelConfig, shardings: PyTree) -> PyT
     config_of(folder, model)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     try:
-        return restore_tree(folder / PARAMS, jax.tree.map(place, shapes_of(model), shardings))
+        return restore_tree(folder / PARAMS, jax.tree.map(place, param_shapes(model), shardings))
     except (ValueError, OSError, KeyError) as error:
         raise WeightsError(f"{folder / PARAMS} cannot be read ({str(error)[:300]}); convert it again.") from error
-
-
-@functools.cache
-def shapes_of(model: ModelConfig) -> PyTree:
-    """The parameters' shapes and dtypes, without memory."""
-    return jax.eval_shape(functools.partial(transformer.init, config=model), jax.random.key(0))
 
 
 def keys_of(model: ModelConfig) -> dict[str, typing.Any]:
@@ -147,7 +141,7 @@ def check(checkpoint: Checkpoint, model: ModelConfig) -> Layout:
             f"{checkpoint.folder} has no embed_tokens.weight below any of {', '.join(PREFIXES)}; its first tensors are "
             f"{', '.join(checkpoint.names[:3]) or 'none'}."
         )
-    plan = hf_names.plan(shapes_of(model), model, prefix, hf_names.is_fused(names, prefix))
+    plan = hf_names.plan(param_shapes(model), model, prefix, hf_names.is_fused(names, prefix))
     expected = {piece.name: piece.shape for pieces in plan.values() for piece in pieces}
     if missing := [name for name in expected if name not in names]:
         raise WeightsError(

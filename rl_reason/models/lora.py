@@ -10,14 +10,15 @@ x A and (x A) B are products of their own: of W + A B as one matrix the gradient
 import dataclasses
 import math
 import re
-import typing
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Key, PyTree
+
+from rl_reason.sharding import by_path
 
 LEAVES = ("lora_a", "lora_b", "lora_scale")
 BASE = r"^(?!.*/lora_)"  # finds the paths of all but adapters
@@ -102,11 +103,6 @@ def merged(params: PyTree) -> PyTree:
         stacked = given[-1].ndim > 0  # of one layer scale is a number
         flat[path] = jax.lax.map(lambda of: _merge(*of), given) if stacked else _merge(*given)
     return unflatten_dict(flat, sep="/")
-
-
-def by_path(params: PyTree) -> dict[str, typing.Any]:
-    """Arrays by their paths, as "attention/q/kernel"."""
-    return typing.cast(dict, flatten_dict(params, sep="/"))
 
 
 def _merge(kernel: Array, a: Array, b: Array, scale: Array) -> Array:

@@ -9,8 +9,9 @@ from safetensors.numpy import save_file
 from rl_reason import processes
 from rl_reason.models.hf_files import whole_or_absent
 from rl_reason.models.hf_names import LAYER
-from rl_reason.models.lora import LEAVES, by_path
+from rl_reason.models.lora import LEAVES
 from rl_reason.report.files import to_json
+from rl_reason.sharding import by_path
 
 PREFIX = "base_model.model.model.layers"
 

@@ -294,9 +294,20 @@ def forward(
     return Hidden(final_norm(params, x, config).reshape(rows, width, -1), cache, router)
 
 
+@functools.cache
+def param_shapes(config: ModelConfig) -> PyTree:
+    """The parameters' shapes and dtypes, without memory."""
+    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+
+
+def kv_bytes(config: ModelConfig) -> int:
+    """Bytes of one position's keys and values, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+
+
 def num_params(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those a token uses), from shapes alone."""
-    shapes = jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+    shapes = param_shapes(config)
     total = sum(x.size for x in jax.tree.leaves(shapes))
     if not config.num_experts:
         return total, total

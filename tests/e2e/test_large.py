@@ -25,7 +25,7 @@ MAKE = """
 import sys, jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from configs.models import MODELS
 from rl_reason.data.sentencepiece_tokenizer import EMBEDDED
-from rl_reason.models import hf_export, hf_weights
+from rl_reason.models import hf_export, transformer
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.sharding import path_name
 how = dict(dtype="bfloat16", param_dtype="bfloat16", scan_layers=True, scan_decode=True, remat="none")
@@ -33,7 +33,7 @@ changes = eval(sys.argv[3])
 model = ModelConfig.of(MODELS[sys.argv[2]] | changes | how)
 block = (0.02 * np.random.default_rng(0).standard_normal(2**20 + 7)).astype(ml_dtypes.bfloat16)  # again and again
 fill = lambda path, x: jnp.ones(x.shape, x.dtype) if "norm" in path_name(path) else jnp.asarray(np.resize(block, x.shape))
-params = jax.tree_util.tree_map_with_path(fill, hf_weights.shapes_of(model))
+params = jax.tree_util.tree_map_with_path(fill, transformer.param_shapes(model))
 hf_export.write(
     sys.argv[1], params, model, dtype="bfloat16", files={"tokenizer.model": EMBEDDED}, max_shard_bytes=int(sys.argv[4])
 )
@@ -41,12 +41,12 @@ hf_export.write(
 # The peak of resident memory is set back once jax is up, so that what is left is reading's own.
 READ = """
 import pathlib, sys, jax
-from rl_reason.models import hf_config, hf_weights
+from rl_reason.models import hf_config, hf_weights, transformer
 from rl_reason.models.transformer import ModelConfig
 how = dict(dtype="float32", param_dtype="float32", scan_layers=True, scan_decode=True, remat="none")
 folder = pathlib.Path(sys.argv[1])
 model = ModelConfig.of(hf_config.model_keys(hf_config.read_json(folder / "config.json")) | how)
-hf_weights.shapes_of(model)
+transformer.param_shapes(model)
 memory = lambda key: next(
     int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key)
 )

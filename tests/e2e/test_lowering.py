@@ -18,7 +18,7 @@ SHAPES = dict(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=64, mlp_size
 def calls(model) -> int:
     """Kernels in a step of rollout and update, lowered for CUDA."""
     parts = support.tiny_parts(model=SHAPES | model, rollout=dict(completion_len=WIDTH))
-    shapes = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
+    shapes = transformer.param_shapes(parts.model)
 
     def run(prompts):
         state = build.new_state(parts, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), 0)

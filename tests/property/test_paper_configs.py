@@ -77,7 +77,7 @@ def described(tree):
 
 
 def abstract_state(parts):
-    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), build.param_shapes(parts.model))
+    return jax.eval_shape(lambda params: build.new_state(parts, params, 0), transformer.param_shapes(parts.model))
 
 
 def test_every_rl_config_has_its_paper():
@@ -245,7 +245,7 @@ def test_air_traces(tmp_path):
     tokens, length = jnp.zeros((1, 1, width), jnp.int32), jnp.ones((1, 1), jnp.int32)
     one = Pairs(tokens, tokens, length, tokens > 0, tokens > 0)
     pairs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, rows, *x.shape[2:]), x.dtype), one)
-    params = jax.eval_shape(lambda key: transformer.init(key, experiment.parts.model), jax.random.key(0))
+    params = transformer.param_shapes(experiment.parts.model)
     start = lambda params: dataclasses.replace(build.new_state(experiment.parts, params, 0), ref_params=params)
     state = jax.eval_shape(start, params)
     chunk = preference.make_counted_chunk(experiment.parts, experiment.pairs.setting, 14_000)

@@ -115,7 +115,7 @@ def test_text_of_something_else():
 def test_slices_by_name():
     generation, shape = topology.parse("v5p:4x4x4")
     assert generation.name == "v5p" and shape == (4, 4, 4)
-    assert topology.larger("v5e") == [f"v5e:{n}" for n in ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")]
+    assert topology.slices("v5e") == [f"v5e:{n}" for n in ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")]
     for generation in topology.GENERATIONS.values():
         chips = [functools.reduce(int.__mul__, shape) for shape in generation.slices]
         assert chips == sorted(chips) and all(n % 4 == 0 for n in chips)

@@ -22,7 +22,7 @@ from rl_reason import sharding
 from rl_reason.models import hf_export, hf_names, hf_weights
 from rl_reason.models.hf_config import WeightsError, model_keys, read_json
 from rl_reason.models.hf_files import Checkpoint
-from rl_reason.models.transformer import ModelConfig
+from rl_reason.models.transformer import ModelConfig, param_shapes
 
 SIZES = dict(
     vocab_size=32, num_layers=3, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=24, max_position=64
@@ -53,7 +53,7 @@ def tiny(family: str, **changes) -> ModelConfig:
 def params_of(model: ModelConfig):
     """Random ones, made once."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), hf_weights.shapes_of(model))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), param_shapes(model))
 
 
 def assert_same(a, b):

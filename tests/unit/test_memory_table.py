@@ -48,7 +48,7 @@ def parts_of(way: str, tiny: Parts) -> Parts:
 
 def measured(parts: Parts) -> dict[str, float]:
     """GiB of each part. The decoder's weights are unstacked layers, and what else is cast (``scan_decode`` False)."""
-    params = jax.eval_shape(lambda key: transformer.init(key, parts.model), jax.random.key(0))
+    params = transformer.param_shapes(parts.model)
     state = jax.eval_shape(lambda params: build.new_state(parts, params, 0), params)
     copied = params if parts.model.param_dtype == "float32" else params["layers"]
     learned = split(state.params, parts.frozen)[0]

@@ -32,7 +32,7 @@ KV_HEADS_WHOLE = ("Qwen3-30B-A3B-Base", 8)  # 4 key heads on tensor=8
 def shapes(name: str):
     layers = dict(scan_layers=True, scan_decode=True, remat="full")
     model = ModelConfig.of(MODELS[name] | dict(dtype="bfloat16", param_dtype="float32") | layers)
-    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    return transformer.param_shapes(model)
 
 
 def mesh_of(fsdp: int, tensor: int, expert: int) -> jax.sharding.AbstractMesh:

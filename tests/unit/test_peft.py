@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from rl_reason.models import hf_names, lora, peft
 from rl_reason.models.lora import Lora
-from rl_reason.sharding import path_name
+from rl_reason.sharding import by_path, path_name
 from tests.support import tiny_model, tiny_params
 
 
@@ -28,7 +28,7 @@ def test_scaled_products_are_what_merging_adds(tmp_path):
     tensors = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 3
     change = jax.tree.map(lambda a, b: np.asarray(a - b), lora.merged(params), lora.base(params))
-    change = hf_names.by_path(change["layers"])
+    change = by_path(change["layers"])
     for path in ("attention/q/kernel", "attention/out/kernel", "mlp/down/kernel"):
         tensor = hf_names.LAYER[path]
         for i in range(2):

@@ -21,7 +21,7 @@ def mesh(**sizes):
 
 
 def shapes(model):
-    return jax.eval_shape(lambda key: transformer.init(key, model), jax.random.key(0))
+    return transformer.param_shapes(model)
 
 
 def specs_of(placed):
@@ -112,7 +112,7 @@ def test_judges_lie_like_parameters_of_their_own_shapes():
     experiment = build.build(config, jax.devices()[:4])
     placed = build.state_shardings(experiment.parts, experiment.mesh).models
     for name, judge in experiment.parts.judges.items():
-        params = sharding.param_shardings(build.param_shapes(judge.model), experiment.mesh)
+        params = sharding.param_shardings(transformer.param_shapes(judge.model), experiment.mesh)
         found = placed[name]["params"]
         assert specs_of(found.get("backbone", found)) == specs_of(params)
     assert placed["judge"]["params"]["embed"].spec == P("tensor", sharding.FSDP)
