@@ -139,7 +139,7 @@ def get_config(arg: str = "") -> Config:
         top_k=0,
         top_p=1.0,
         min_p=0.0,
-        stop=(),  # strings that end a completion, besides EOS; found by the ids that each has alone, so let it be one token
+        stop=(),  # texts that end a completion, besides EOS, with the token that completes one; or names of special tokens
         # Of the weights while sampling: "train", as they are stored, where each decode step gathers every layer over fsdp
         # (and, but for experts, over expert); or "decode": gathered once a rollout, into a copy that takes as many times
         # more memory, in config.model.dtype. Of no matter where those axes are 1.

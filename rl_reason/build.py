@@ -261,7 +261,11 @@ def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 
 def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size: int, num_slots: int) -> RolloutConfig:
     """The sampler's static side."""
-    r = config.rollout
+    r, specials = config.rollout, tokenizer.special_ids
+    if "" in r.stop:
+        raise ValueError(f"config.rollout.stop={r.stop!r}: an empty text would end every completion; leave it out.")
+    texts = tuple(text for text in r.stop if text not in specials)
+    named = (specials[text] for text in r.stop if text in specials)
     return RolloutConfig(
         group_size=group_size,
         completion_len=r.completion_len,
@@ -270,10 +274,9 @@ def rollout_config(config: Config, tokenizer: Tokenizer, mesh: Mesh, group_size:
         prefill_rows=r.prefill_rows,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        stop_sequences=(
-            *((token,) for token in tokenizer.stop_ids if token != tokenizer.eos_id),
-            *(tuple(tokenizer.encode(text)) for text in r.stop),
-        ),
+        stop_ids=(*(token for token in tokenizer.stop_ids if token != tokenizer.eos_id), *named),
+        stop=texts,
+        piece_bytes=tokenizer.piece_bytes if texts else (),
         num_shards=sharding.num_row_shards(mesh),
         merge_adapters=config.lora.merge_to_sample,
         layout=r.layout,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jaxtyping import PyTree
 
 from rl_reason import processes
@@ -82,6 +83,7 @@ class Checkpoints:
         """
         wanted = _plain(_abstract(like))
         try:
+            _assert_whole(pathlib.Path(self._manager.directory) / f"step_{step}" / "state")
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))[
                 "state"
             ]
@@ -129,6 +131,7 @@ def save_tree(path: pathlib.Path, tree: PyTree) -> None:
 
 def restore_tree(path: pathlib.Path, like: PyTree) -> PyTree:
     """What ``save_tree`` wrote, in the structure and shardings of ``like``."""
+    _assert_whole(path)
     with ocp.StandardCheckpointer() as checkpointer:
         return _rebuild(checkpointer.restore(path.absolute(), _plain(_abstract(like))), like)
 
@@ -141,6 +144,7 @@ def restore_named(path: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is missing; put it back.")
+    _assert_whole(path)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found: typing.Any = checkpointer.metadata(path).item_metadata
         wrong = [
@@ -159,6 +163,18 @@ def restore_named(path: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
             partial_restore=True,
         )
         return checkpointer.restore(path, args=arguments)
+
+
+def _assert_whole(path: pathlib.Path) -> None:
+    """Reads the index of a saved tree. Orbax would for all arrays at once: after one failure it closes its event loop under
+    the others, and each of them prints a trace.
+
+    Raises:
+        ValueError: when it is missing or damaged.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{path.absolute()}/"}).result()
+    if not store.list().result():
+        raise ValueError(f"{path} holds no arrays, or has lost its manifest.ocdbt")
 
 
 def host_copy(tree: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ slot, schedule, batch or device count.
 """
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rl_reason import sampling as sampling_lib
+from rl_reason import tags
 from rl_reason.models import lora, rope, transformer
 from rl_reason.models.attention import keep_keys_values
 from rl_reason.models.cached_attention import attend_cached
@@ -39,7 +41,9 @@ class RolloutConfig:
     prefill_rows: int  # prompts prefilled at a time; 0 is all at once
     eos_id: int
     pad_id: int
-    stop_sequences: tuple[tuple[int, ...], ...] = ()  # token ids; each ends a completion as EOS does
+    stop_ids: tuple[int, ...] = ()  # each ends a completion as EOS does
+    stop: tuple[str, ...] = ()  # so does the token that completes one of these texts, however it is cut into tokens
+    piece_bytes: tuple[bytes, ...] = ()  # what each id writes, where there are such texts
     record_experts: bool = False  # of a mixture of experts: which experts each token that is fed was given to
     num_shards: int = 1  # pieces the rows are cut into; each has its own queue
     merge_adapters: bool = True  # into the weights, so that decoding is as fast as without
@@ -53,7 +57,7 @@ class _Slots:
     row: Int[Array, "R W"]  # its row, local to the shard
     count: Int[Array, "R W"]  # tokens drawn so far
     token: Int[Array, "R W"]  # the token it feeds next
-    tail: Int[Array, "R W M"]  # the last tokens drawn, for stop sequences; -1 before the first
+    matched: Int[Array, "R W K"]  # how much of each of the K stop texts its last bytes are
 
 
 @struct
@@ -159,16 +163,22 @@ def _refill(slots: _Slots, finished: Bool[Array, "R W"], next_row: Int[Array, " 
         row=row,
         count=jnp.where(finished, 0, slots.count),
         token=jnp.where(finished, first, slots.token),
-        tail=jnp.where(finished[..., None], -1, slots.tail),
+        matched=jnp.where(finished[..., None], 0, slots.matched),
     )
     return slots, jnp.minimum(next_row + finished.sum(1, dtype=jnp.int32), rows)
 
 
-def _hits_stop(tail: Int[Array, "R W M"], stop_sequences: tuple[tuple[int, ...], ...]) -> Bool[Array, "R W"]:
-    hit = jnp.zeros(tail.shape[:2], bool)
-    for sequence in stop_sequences:
-        hit |= (tail[..., tail.shape[-1] - len(sequence) :] == jnp.array(sequence)).all(-1)
-    return hit
+def stops(
+    token: Int[Array, " W"], matched: Int[Array, "W K"], rollout: RolloutConfig
+) -> tuple[Bool[Array, " W"], Int[Array, "W K"]]:
+    """Whether a drawn token ends its completion, and how much of each stop text has been written with it."""
+    stopped = jnp.isin(token, jnp.array((rollout.eos_id, *rollout.stop_ids)))
+    if not rollout.stop:
+        return stopped, matched
+    compiled = tags.automata(rollout.stop, rollout.piece_bytes)
+    owner = jnp.minimum(token, len(rollout.piece_bytes))  # ids beyond the tokenizer's write nothing
+    follow, count, *_ = jnp.moveaxis(tags.advance(compiled, jnp.asarray(compiled.kind)[owner], matched), -1, 0)
+    return stopped | (count > 0).any(-1), follow
 
 
 def _store(written: _Written, slots: _Slots, token, full, sampled, ended, truncated, experts) -> _Written:
@@ -227,12 +237,11 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         drawn = sampling_lib.sample(keys, logits, sampling)
         token, full, sampled = (x.reshape(shards, width) for x in drawn)
 
-        tail = jnp.concatenate([slots.tail[..., 1:], token[..., None]], axis=-1)
-        stopped = (token == rollout.eos_id) | _hits_stop(tail, rollout.stop_sequences)
+        stopped, matched = jax.vmap(functools.partial(stops, rollout=rollout))(token, slots.matched)
         limit = jnp.take_along_axis(queue.limit, row, axis=1)
         ended = active & (stopped | (slots.count + 1 >= limit))
         written = _store(loop.written, slots, token, full, sampled, ended, ended & ~stopped, experts)
-        moved = _Slots(slots.row, slots.count + 1, token, tail)
+        moved = _Slots(slots.row, slots.count + 1, token, matched)
         refilled, next_row = _refill(moved, ended, loop.next_row, queue, rollout.group_size)
         # An idle slot stays at position 0: it must not run past the end of its cache.
         refilled = dataclasses.replace(refilled, count=jnp.where(refilled.row < rows, refilled.count, 0))
@@ -253,7 +262,6 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     """All slots filled from the head of each shard's queue, caches and buffers empty."""
     shards, rows = queue.keys.shape
     width, length = rollout.num_slots // shards, rollout.completion_len
-    longest = max((len(s) for s in rollout.stop_sequences), default=1)
     shape, heads = (rollout.num_slots, length, config.num_kv_heads, config.head_dim), heads_axis(config.num_kv_heads)
     if config.scan_decode:
         empty = constrain(jnp.zeros((config.num_layers, *shape), config.dtype), None, ROWS, None, heads)
@@ -265,7 +273,7 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
         row=jnp.full((shards, width), rows, jnp.int32),
         count=jnp.zeros((shards, width), jnp.int32),
         token=jnp.zeros((shards, width), jnp.int32),
-        tail=jnp.full((shards, width, longest), -1, jnp.int32),
+        matched=jnp.zeros((shards, width, len(rollout.stop)), jnp.int32),
     )
     slots, next_row = _refill(
         idle, jnp.ones((shards, width), bool), jnp.zeros(shards, jnp.int32), queue, rollout.group_size

@@ -154,16 +154,20 @@ def written(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], vocabulary_size
     return jnp.where(mask & (tokens >= 0) & (tokens < vocabulary_size), tokens, vocabulary_size)
 
 
+def advance(compiled: Automata, kind: Int[Array, " N"], state: Int[Array, "N K"]) -> Int[Array, "N K 4"]:
+    """What a token of each row does to the automata, as ``Automata.table`` has it; ``kind`` is that of the tokens."""
+    return jnp.asarray(compiled.table)[kind[:, None], jnp.arange(state.shape[1]), state]
+
+
 def find(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], compiled: Automata, piece_len: np.ndarray) -> Found:
     """Runs the automata over the masked tokens of each row, by a scan; ``piece_len`` is ``Vocabulary.length``."""
     owners = written(tokens, mask, len(piece_len) - 1)
-    kinds, lengths, table = jnp.asarray(compiled.kind)[owners], jnp.asarray(piece_len)[owners], compiled.table
-    each = jnp.arange(len(compiled.tag_len))[None, :]
+    kinds, lengths = jnp.asarray(compiled.kind)[owners], jnp.asarray(piece_len)[owners]
 
     def step(carry, column):
         state, found, begin = carry
         kind, length = column
-        follow, count, first, last = jnp.moveaxis(jnp.asarray(table)[kind[:, None], each, state], -1, 0)
+        follow, count, first, last = jnp.moveaxis(advance(compiled, kind, state), -1, 0)
         hit, at = count > 0, begin[:, None]
         found = Found(
             count=found.count + count,
@@ -172,7 +176,7 @@ def find(tokens: Int[Array, "N T"], mask: Bool[Array, "N T"], compiled: Automata
         )
         return (follow, found, begin + length), None
 
-    zero = jnp.zeros((tokens.shape[0], each.shape[1]), jnp.int32)
+    zero = jnp.zeros((tokens.shape[0], len(compiled.tag_len)), jnp.int32)
     start = (zero, Found(zero, zero - 1, zero - 1), zero[:, 0])
     return jax.lax.scan(step, start, (kinds.T, lengths.T))[0][1]
 

@@ -10,7 +10,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from kernels.decode_attention import decode_attention, write_cache
 from rl_reason import rollout as rollout_lib
@@ -31,6 +31,15 @@ class Held(typing.NamedTuple):
     keys: Key[Array, " R"]
 
 
+class _Step(typing.NamedTuple):
+    """What a decode step draws."""
+
+    token: Int[Array, " R"]
+    rollout_logprob: Float[Array, " R"]
+    sampled_logprob: Float[Array, " R"]
+    stopped: Bool[Array, " R"]
+
+
 class HostLoop:
     """Draws what ``rollout.generate`` draws, one call a token, ``num_slots`` rows at a time."""
 
@@ -38,7 +47,7 @@ class HostLoop:
         self._config, self._rollout = config, rollout
         self._cast = jax.jit(self._make_weights)
         self._prefill = jax.jit(self._make_prefill)
-        self._step = jax.jit(self._make_step, donate_argnums=3)
+        self._step = jax.jit(self._make_step, donate_argnums=4)
 
     def _make_weights(self, params: PyTree) -> PyTree:
         """The decoding weights: cast once, one tree a layer."""
@@ -66,11 +75,12 @@ class HostLoop:
         params: PyTree,
         held: Held,
         token: Int[Array, " R"],
+        matched: Int[Array, "R K"],
         cache: PyTree,
         count: Int[Array, ""],
         sampling: Sampling,
-    ) -> tuple[tuple[Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]], PyTree]:
-        """One token of every row: ((token, its log-probability, that of the distribution drawn from), cache)."""
+    ) -> tuple["_Step", Int[Array, "R K"], PyTree]:
+        """One token of every row; what of stop texts is written; the cache."""
         config, shards = self._config, self._rollout.num_shards
         rows = token.shape[0]
         of_row = jnp.repeat(jnp.arange(held.prompt_len.shape[0]), self._rollout.group_size)
@@ -106,7 +116,9 @@ class HostLoop:
         hidden = transformer.final_norm(params, x, config)
         logits = transformer.logits(hidden, transformer.unembedding(params, config), config)
         keys = jax.vmap(jax.random.fold_in, (0, None))(held.keys, count)
-        return sampling_lib.sample(keys, logits, sampling), new
+        drawn = sampling_lib.sample(keys, logits, sampling)
+        stopped, matched = rollout_lib.stops(drawn[0], matched, self._rollout)
+        return _Step(*drawn, stopped), matched, new
 
     def __call__(
         self,
@@ -145,24 +157,19 @@ class HostLoop:
         held, cache, token = self._prefill(params, prompts, key)
         running, truncated = np.ones(len(limit), bool), np.zeros(len(limit), bool)
         length = np.zeros(len(limit), np.int64)
+        matched = jnp.zeros((len(limit), len(self._rollout.stop)), jnp.int32)
         tokens, scores = [], []
         while running.any():
-            (token, *both), cache = self._step(weights, held, token, cache, np.int32(len(tokens)), sampling)
-            tokens.append(np.asarray(token))  # waits for the device: whether to go on depends on it
+            count = np.int32(len(tokens))
+            (token, *both, ended), matched, cache = self._step(weights, held, token, matched, cache, count, sampling)
+            tokens.append(np.asarray(token))
             scores.append(both)
             length += running
-            stopped = (tokens[-1] == self._rollout.eos_id) | self._hits_stop(tokens)
+            stopped = np.asarray(ended)  # waits for the device: whether to go on depends on it
             truncated |= running & ~stopped & (length >= limit)
             running &= ~stopped & (length < limit)
         full, sampled = (np.stack(x) for x in zip(*jax.device_get(scores), strict=True))
         return Drawn(np.stack(tokens), full, sampled, length, truncated)
-
-    def _hits_stop(self, tokens: list[np.ndarray]) -> np.ndarray:
-        hit = np.zeros(len(tokens[-1]), bool)
-        for sequence in self._rollout.stop_sequences:
-            if len(tokens) >= len(sequence):
-                hit |= (np.stack(tokens[-len(sequence) :], axis=1) == np.array(sequence)).all(1)
-        return hit
 
 
 class Drawn(typing.NamedTuple):

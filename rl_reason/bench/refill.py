@@ -76,7 +76,7 @@ def compile_schedules(bench: Bench) -> Schedules:
     group_size, shards = parts.plan.group_size, parts.rollout.num_shards
     at_a_time = max(parts.rollout.num_slots // group_size // shards, 1) * shards
     rollout = dataclasses.replace(
-        parts.rollout, num_slots=at_a_time * group_size, eos_id=NO_EOS, stop_sequences=(), prefill_rows=0
+        parts.rollout, num_slots=at_a_time * group_size, eos_id=NO_EOS, stop_ids=(), stop=(), prefill_rows=0
     )
     on_host = draw_prompts(experiment, SAMPLES_PER_SLOT * at_a_time)
     limit = lognormal_lengths(SAMPLES_PER_SLOT * rollout.num_slots, rollout.completion_len)

@@ -40,9 +40,10 @@ class HFTokenizer(Pieces):
         self._backend.encode_special_tokens = True  # as text
         added = self._backend.get_added_tokens_decoder()
         self._specials = {token.content: (i, token) for i, token in added.items() if token.special}
+        self.special_ids = {name: i for name, (i, _) in self._specials.items()}
         self.piece_bytes = _piece_bytes(self._backend, folder.byte_level)
         self._spelled_space = _spelled(SPACE.encode(), self.piece_bytes)
-        if not {i for i, _ in self._specials.values()}.isdisjoint(self.encode("".join(self._specials))):
+        if not set(self.special_ids.values()).isdisjoint(self.encode("".join(self.special_ids))):
             raise ValueError("its merges make special tokens of plain text; no text may become one.")
         self._begin = _begin(self._backend, specials)
         self.bos_id = self._begin[0] if self._begin else None

@@ -1,7 +1,7 @@
 """What every tokenizer here has: ids that write bytes, and a fingerprint that says which tokenizer it is."""
 
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rl_reason.data.example import Message
 
@@ -18,6 +18,7 @@ class Pieces:
     eos_id: int  # ends a demonstration, and a completion
     stop_ids: tuple[int, ...]  # whatever ends a completion: EOS, and what else the checkpoint names
     unk_id: int | None
+    special_ids: Mapping[str, int]  # by name
 
     @property
     def vocab_size(self) -> int:

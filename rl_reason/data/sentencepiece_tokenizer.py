@@ -35,7 +35,9 @@ class SentencePieceTokenizer(Pieces):
         self._byte_ids = tuple(self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         if self.unk_id in self._byte_ids:
             raise ValueError("the model lacks byte pieces; train it with byte_fallback")
-        self.piece_bytes = tuple(self._bytes_of(i) for i in range(self._model.vocab_size()))
+        ids = range(self._model.vocab_size())
+        self.special_ids = {self._model.id_to_piece(i): i for i in ids if self._is_special(i)}
+        self.piece_bytes = tuple(self._bytes_of(i) for i in ids)
         if self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError(
                 "the model rewrites texts; train it with the normalization rule 'identity', without add_dummy_prefix and "
@@ -72,8 +74,11 @@ class SentencePieceTokenizer(Pieces):
             ids += self._model.encode(part)
         return ids
 
+    def _is_special(self, i: int) -> bool:
+        return self._model.is_control(i) or self._model.is_unknown(i)
+
     def _bytes_of(self, i: int) -> bytes:
-        if self._model.is_control(i) or self._model.is_unknown(i):
+        if self._is_special(i):
             return b""
         piece = self._model.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if self._model.is_byte(i) else piece.replace(SPACE, " ").encode()

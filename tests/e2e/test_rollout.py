@@ -138,21 +138,31 @@ def test_eos_is_the_last_token_and_only_there():
         assert (out.tokens[row, stop:] == support.PAD).all()
 
 
-def test_stop_sequences_end_a_completion_as_eos_does():
+def test_stop_texts_end_a_completion_wherever_tokens_are_cut():
+    """A text may lie within a token, or begin in one and end inside another; the last id is beyond the tokenizer's."""
+    pieces = (b"", b"ab", b"", b"ba", b"bc", b"ca", b"a", b"b", b"c", b"acab", b"aa", b"cb")
+    assert len(pieces) == support.VOCAB - 1 and not pieces[support.EOS]
     whole = completions(lock_step())
-    pair = next(tuple(row[1:3]) for row in whole if len(row) > 4)
-    single = next(row[0] for row in whole if len(row) > 2 and row[0] not in pair)
-    out, _ = draw(stop_sequences=((single,), pair), num_slots=4)
-    stopped = 0
+    out, _ = draw(stop=("abc", "caa", "bb"), piece_bytes=pieces, num_slots=4)
+    stops, stopped, beyond = (b"abc", b"caa", b"bb"), 0, 0
     for row, (cut, before) in enumerate(zip(completions(out), whole, strict=True)):
-        ends = [
-            i + 1 for i, token in enumerate(before) if token == single or tuple(before[max(i - 1, 0) : i + 1]) == pair
-        ]
-        expected = before[: ends[0]] if ends else before
-        assert cut == expected
+        texts = [b"".join(pieces[t] for t in before[: i + 1] if t < len(pieces)) for i in range(len(before))]
+        ends = [i + 1 for i, text in enumerate(texts) if any(stop in text for stop in stops)]
+        assert cut == (before[: ends[0]] if ends else before)
         assert out.truncated[row] == (not ends and before[-1] != support.EOS)
         stopped += len(cut) < len(before)
-    assert stopped >= 2
+        beyond += bool(ends) and not texts[ends[0] - 1].endswith(stops)
+    assert stopped >= 2 and beyond >= 1  # some end a token before its end
+
+
+def test_other_ids_end_a_completion_as_eos_does():
+    whole = completions(lock_step())
+    other = next(row[1] for row in whole if len(row) > 3)
+    out, _ = draw(stop_ids=(other,), num_slots=4)
+    for row, (cut, before) in enumerate(zip(completions(out), whole, strict=True)):
+        assert cut == (before[: before.index(other) + 1] if other in before else before)
+        assert out.truncated[row] == (cut[-1] not in (other, support.EOS))
+    assert sum(map(len, completions(out))) < sum(map(len, whole))
 
 
 def test_logprobs_of_the_truncated_distribution_are_kept_apart():

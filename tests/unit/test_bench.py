@@ -126,7 +126,7 @@ def assert_same(a, b):
     ("changes", "settings"),
     [
         ({}, {}),
-        ({"stop_sequences": ((5,), (3, 4))}, {}),
+        ({"stop_ids": (5,), "stop": ("ab",), "piece_bytes": (b"", b"", b"", b"a", b"b", b"", b"aba")}, {}),
         ({}, {"top_k": 3}),
         ({}, {"temperature": 0.0}),
         ({}, {"moe": True}),

@@ -313,12 +313,16 @@ def test_a_sentencepiece_model_that_rewrites_texts_is_refused(tmp_path):
 
 def test_a_run_stops_at_every_end():
     config = load_config("base")
-    config.tokenizer, config.rollout.stop = str(folder_of("qwen")), ("\n\n",)
+    config.tokenizer, config.rollout.stop = str(folder_of("qwen")), ("\n\n", "<|im_start|>")
     experiment = build.build(config, one_device())
     tokenizer, rollout = experiment.tokenizer, experiment.parts.rollout
     assert tokenizer == made("qwen") and experiment.parts.model.vocab_size == tokenizer.vocab_size
     assert (rollout.eos_id, rollout.pad_id) == (tokenizer.eos_id, tokenizer.pad_id)
-    assert rollout.stop_sequences == ((tokenizer.stop_ids[1],), tuple(tokenizer.encode("\n\n")))
+    assert rollout.stop == ("\n\n",) and rollout.piece_bytes == tokenizer.piece_bytes
+    assert rollout.stop_ids == (tokenizer.stop_ids[1], tokenizer.special_ids["<|im_start|>"])
+    config.rollout.stop = ("",)
+    with pytest.raises(ValueError, match=r"config\.rollout\.stop=.*would end every completion; leave it out"):
+        build.build(config, one_device())
 
 
 def test_a_vocabulary_that_the_model_lacks_is_refused():
