@@ -15,10 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  made at run time
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from rl_reason.report.events import Event, EventsWriter, Summary
 from rl_reason.report.files import jsonable, sync_directory, to_json
 
 WALL_TIME = "timing_s/unix_time"  # when the row was appended; TensorBoard's wall time

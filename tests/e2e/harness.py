@@ -140,8 +140,10 @@ def rollouts(run: pathlib.Path) -> dict[int, list[dict]]:
 
 def tensorboard_steps(run: pathlib.Path, tag: str) -> list[int]:
     """The steps at which the run's events have a value of ``tag``, in order of writing."""
-    from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  its protos register themselves
-    from tensorboardX.proto.event_pb2 import Event
+    from rl_reason.report.events import (
+        Event,
+        EventsWriter,  # noqa: F401  its protos register themselves
+    )
 
     steps = []
     for path in sorted((run / "tensorboard" / "metrics").glob("events.out.tfevents.*")):

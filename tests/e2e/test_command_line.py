@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(finished, tmp_path):
     assert done.code == 1 and "error: Checkpoint 2 of" in done.output, done.output
 
 
-@pytest.mark.parametrize("mode", ["split", "callback"])
+@pytest.mark.parametrize("mode", ["split", pytest.param("callback", marks=pytest.mark.slow)])
 def test_broken_verifiers_cost_their_rows_and_nothing_else(tmp_path, mode):
     """Verifiers that raise, hang, die or answer NaN: the run goes on, the rows are counted and teach nothing."""
     run = tmp_path / "run"

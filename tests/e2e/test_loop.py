@@ -68,10 +68,15 @@ CONFIGS = support.one_of_each(support.config_names("rl"), support.way_between_ph
 
 
 def composed(config: typing.Any, composition: str) -> typing.Any:
-    """Asking from inside the program is the same program around another objective; rounds and judges take long."""
-    name, callback = config.values[0], composition == "callback"
-    slow = [pytest.mark.slow] if (callback and name != "base") or name in ("dapo", "intern_s1") else []
-    return pytest.param(*config.values, composition, marks=[*config.marks, *slow])
+    """Asking from inside the program is the same program around another objective; one with statistics stands for all."""
+    slow = config.values[0] not in ("base", "rlpr") or (composition == "callback" and config.values[0] != "base")
+    return pytest.param(*config.values, composition, marks=[*config.marks, *[pytest.mark.slow] * slow])
+
+
+def restored(config: typing.Any) -> typing.Any:
+    """Of those that keep something between steps, one with statistics and one with votes stand for all."""
+    slow = config.values[0] not in ("base", "rlpr", "ttrl")
+    return pytest.param(*config.values, marks=[*config.marks, *[pytest.mark.slow] * slow])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_compositions_train_the_same(config, composition):
     assert len(asked) == STEPS * parts.plan.prompts_per_step * parts.plan.group_size
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", map(restored, CONFIGS))
 def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     """Bit for bit: parameters, optimizer, statistics, metrics and tokens of the steps after a checkpoint."""
     parts, engine = parts_of(config), engine_of(config)
@@ -113,7 +118,8 @@ def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     assert np.any(out.metrics["actor/grad_norm"] > 0)  # a filter may leave a step without groups
 
 
-@pytest.mark.parametrize("config", ["clipcov", pytest.param("klcov", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/property/test_laws.py has it of an update
+@pytest.mark.parametrize("config", ["clipcov", "klcov"])
 def test_microbatches_are_invisible(config):
     """1 x 64 rows equals 8 x 8."""
     shape = dict(prompts_per_step=16, generated_prompts=16, minibatches=1)

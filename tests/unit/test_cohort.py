@@ -115,6 +115,7 @@ def test_each_policy_trains_as_if_alone_with_these_rewards(name):
     assert np.any(out.metrics["wide/actor/kl_loss"] > 0) and "small/actor/kl_loss" not in out.metrics
 
 
+@pytest.mark.slow
 def test_asking_the_host_trains_the_same():
     """Verdicts and classes of answers made on the host, of all policies at once, in place of those made in graph."""
     policies, expected, _, _ = trained()

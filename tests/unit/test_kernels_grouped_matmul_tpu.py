@@ -35,8 +35,18 @@ def groups_of(sizes):
     return list(zip(ends - sizes, ends, strict=True))
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("tiles", [Tiles(16, 16, 8), Tiles(32, 128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "tiles, transpose",
+    [
+        (Tiles(16, 16, 8), False),
+        (Tiles(32, 128, 128), True),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in [(Tiles(16, 16, 8), True), (Tiles(32, 128, 128), False)]
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_product(groups, tiles, transpose):
     lhs, rhs, _ = operands(jnp.float32)

@@ -55,7 +55,7 @@ def greedy_by_hand(params, prompts, model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scan_decode", [False, True])
+@pytest.mark.parametrize("scan_decode", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sampler_agrees_with_the_forward(kind, scan_decode):
     model = tiny_model(scan_decode=scan_decode, **kind)
     params, prompts = tiny_params(model, scale=3.0), tiny_prompts()

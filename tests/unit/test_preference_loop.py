@@ -168,7 +168,7 @@ def test_swapping_chosen_and_rejected():
     assert gap(grads[0], jax.tree.map(np.negative, grads[1])) < 1e-12
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("moe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "moe"])
 @pytest.mark.usefixtures("x64")
 def test_microbatches_are_invisible(moe):
     p, pairs = parts("float64", moe), make_pairs(4)

@@ -45,7 +45,7 @@ def test_replayed_weights_by_hand():
     np.testing.assert_allclose(slope[0], [3 / 16, 0, -3 / 16], atol=1e-6)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_same_weights_choose_the_same(scanned, x64):
     parts, params, rollout = drawn(scan_layers=scanned, scan_decode=scanned)
     ids = rollout.expert_ids

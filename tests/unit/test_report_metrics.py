@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
+from rl_reason.report.events import Event
 from rl_reason.report.metrics import WALL_TIME, MetricsWriter, read_metrics
 
 

@@ -90,7 +90,7 @@ def parts_of(places, count):
     return dataclasses.replace(parts, slots={**parts.slots, "selection": keep_first(count)}, log_groups=-1)
 
 
-@pytest.mark.parametrize("composition", ["fused", "split"])
+@pytest.mark.parametrize("composition", ["fused", pytest.param("split", marks=pytest.mark.slow)])
 def test_the_loop_draws_them_in_the_next_step(composition):
     # A round draws four prompts and keeps the first three; two are trained on, so one waits: the third of the first round.
     # Fresh ones of step k are 8k .. 8k + 7, the first round the even ones; the waiting one comes before them.
