@@ -27,6 +27,9 @@ from rl_reason.sharding import ROWS, num_row_shards, param_spec
 # more popular than others. Memory and copies grow with it. Guess.
 SLACK = 1.5
 MIN_ROWS = 4096  # or all there can be, if less: so few cost next to nothing beside the weights. Guess.
+# Own tokens that a device shares with those along ``expert`` at a time: what a turn holds is ``expert`` times as many, with
+# their gradients and their choices, where activations between layers are own tokens alone. Guess.
+MAX_TOKENS = 8192
 
 
 class Experts(typing.NamedTuple):
@@ -53,9 +56,11 @@ def apply_experts(
         raise ValueError(
             f"model.num_experts={num_experts} cannot be cut over mesh.expert={over} devices; make it a divisor."
         )
-    missing = -len(x) % num_row_shards(mesh)
+    shards = num_row_shards(mesh)
+    pieces = -(-len(x) // (shards * MAX_TOKENS)) if over > 1 else 1
+    missing = -len(x) % (shards * pieces)
     padded = lambda a, filler: jnp.pad(a, ((0, missing), (0, 0)), constant_values=filler) if missing else a
-    out = _sharded(mesh, padded(x, 0), padded(weights, 0), padded(expert_ids, -1), experts)
+    out = _sharded(mesh, pieces, padded(x, 0), padded(weights, 0), padded(expert_ids, -1), experts)
     return typing.cast(Array, out)[: len(x)]
 
 
@@ -70,39 +75,52 @@ def _hidden(rows: Array, experts: Experts, group_sizes: Array) -> Array:
     return nn.silu(grouped_matmul(rows, experts.gate, group_sizes)) * grouped_matmul(rows, experts.up, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sharded(mesh: AbstractMesh, x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sharded(mesh: AbstractMesh, pieces: int, x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
     _, used = _specs(mesh, experts)
+    part = _mixture if mesh.shape["expert"] == 1 else _in_turns
 
     def body(x, weights, ids, experts):
-        x, weights, ids, experts = _meet(x, weights, ids, experts)
-        part = _mixture if mesh.shape["expert"] == 1 else _in_turns
-        return _send_home(part(x, weights, ids, experts), used)
+        x, weights, ids, experts = _typed(x, weights, ids, experts)
+        of_piece = lambda own: _send_home(part(*_meet(*own, experts), experts), used)
+        return _joined(jax.lax.map(of_piece, _cut(pieces, x, weights, ids)))
 
     specs = P(ROWS), P(ROWS), P(ROWS), used
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(ROWS))(x, weights, ids, experts)
 
 
-def _backward(mesh: AbstractMesh, operands: tuple, g: Array) -> tuple:
+def _backward(mesh: AbstractMesh, pieces: int, operands: tuple, g: Array) -> tuple:
     stored, used = _specs(mesh, operands[-1])
 
     def body(g, x, weights, ids, experts):
-        x, weights, ids, experts = _meet(x, weights, ids, experts)
-        g = jax.lax.all_gather(dispatch.varying(g, x), "expert", tiled=True)
-        if mesh.shape["expert"] == 1:
-            d_x, d_weights, d_experts = jax.vjp(lambda x, w, e: _mixture(x, w, ids, e), x, weights, experts)[1](g)
-        else:
-            d_x, d_weights, d_experts = _in_turns_backward(g, x, weights, ids, experts)
-        d_experts = Experts(*(_reduce(d, spec) for d, spec in zip(d_experts, stored, strict=True)))
-        return _send_home(d_x, used), _send_home(d_weights, used), d_experts
+        x, weights, ids, experts = _typed(x, weights, ids, experts)
 
+        def of_piece(so_far, own):
+            g, *rows = own
+            met = _meet(*rows, experts)
+            g = jax.lax.all_gather(g, "expert", tiled=True)
+            d_x, d_weights, d_experts = backward(g, *met, experts)
+            add = lambda total, more: total + more.astype(total.dtype)
+            return jax.tree.map(add, so_far, d_experts), (_send_home(d_x, used), _send_home(d_weights, used))
+
+        nothing = jax.tree.map(lambda w: jnp.zeros_like(w, _wide(w)), experts)
+        own = _cut(pieces, dispatch.varying(g, x), x, weights, ids)
+        d_experts, (d_x, d_weights) = jax.lax.scan(of_piece, nothing, own)
+        d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
+        d_experts = Experts(*(_reduce(d, spec) for d, spec in zip(d_experts, stored, strict=True)))
+        return _joined(d_x), _joined(d_weights), d_experts
+
+    def at_once(g, x, weights, ids, experts):
+        return jax.vjp(lambda x, w, e: _mixture(x, w, ids, e), x, weights, experts)[1](g)
+
+    backward = at_once if mesh.shape["expert"] == 1 else _in_turns_backward
     rows = P(ROWS)
     given, found = (rows, rows, rows, rows, used), (rows, rows, stored)
     d_x, d_weights, d_experts = jax.shard_map(body, mesh=mesh, in_specs=given, out_specs=found)(g, *operands)
     return d_x, d_weights, None, d_experts
 
 
-_sharded.defvjp(lambda mesh, *operands: (_sharded(mesh, *operands), operands), _backward)
+_sharded.defvjp(lambda mesh, pieces, *operands: (_sharded(mesh, pieces, *operands), operands), _backward)
 
 
 def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[typing.Any, typing.Any]:
@@ -113,15 +131,25 @@ def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[typing.Any, typing.Any
     return Experts._make(P(*spec) for spec in stored), Experts._make(P(*spec) for spec in used)
 
 
-def _meet(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array, Array, Array, Experts]:
-    """The tokens of all devices along ``expert``, and their ids counted from this device's first expert.
-
-    Whatever has a gradient is typed as differing between all devices first, so that no gradient is summed before we say so.
-    """
+def _typed(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array, Array, Array, Experts]:
+    """Whatever has a gradient is typed as differing between all devices, so that no gradient is summed before we say so."""
     x, weights, *own = dispatch.alike(x, weights, *experts)
+    return x, weights, ids, Experts(*own)
+
+
+def _cut(pieces: int, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(a.reshape(pieces, -1, *a.shape[1:]) for a in arrays)
+
+
+def _joined(pieces: Array) -> Array:
+    return pieces.reshape(-1, *pieces.shape[2:])
+
+
+def _meet(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array, Array, Array]:
+    """The tokens of all devices along ``expert``, and their ids counted from this device's first expert."""
     gather = lambda a: jax.lax.all_gather(a, "expert", tiled=True)
     first = jax.lax.axis_index("expert") * len(experts.gate)
-    return gather(x), gather(weights), gather(ids) - first, Experts(*own)
+    return gather(x), gather(weights), gather(ids) - first
 
 
 def _send_home(parts: Array, used: Experts) -> Array:

@@ -74,6 +74,20 @@ def test_popular_experts_take_more_turns_and_lose_nothing(popular, x64, monkeypa
     assert_close(got, gradients(*arguments))
 
 
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=2, expert=2), pytest.param(dict(tensor=2, expert=2), marks=pytest.mark.slow)]
+)
+def test_tokens_meet_a_piece_at_a_time(sizes, x64, monkeypatch):
+    """64 tokens, in 4 shards of 16 or in 2 of 32: 4 or 7 pieces of at most 5, the last ones filled up."""
+    monkeypatch.setattr(experts_lib, "MAX_TOKENS", 5)
+    arguments = operands()
+    whole = gradients(*arguments)
+    assert_close(on_mesh(sizes, *arguments), whole)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        text = jax.jit(loss).lower(*arguments).as_text()
+    assert f"tensor<{experts_lib.MAX_TOKENS * 2 - 2 if 'fsdp' in sizes else 10}x{HIDDEN}xf64>" in text
+
+
 @pytest.mark.slow
 def test_an_expert_that_tensor_does_not_divide_stays_whole(x64):
     arguments = operands(mlp=11)
