@@ -69,7 +69,7 @@ class _Written:
     sampled_logprobs: Float[Array, "R N C"]
     length: Int[Array, "R N"]
     truncated: Bool[Array, "R N"]
-    expert_ids: Int[Array, "R N C L K"] | None
+    expert_ids: Int[Array, "R N C LK"] | None
 
 
 class _Queue(typing.NamedTuple):
@@ -198,7 +198,9 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
+        expert_ids=None
+        if recorded is None
+        else put(recorded, experts.astype(recorded.dtype).reshape(*slots.row.shape, -1)),
     )
 
 
@@ -279,7 +281,7 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
         idle, jnp.ones((shards, width), bool), jnp.zeros(shards, jnp.int32), queue, rollout.group_size
     )
     buffer = jnp.zeros((shards, rows, length), dtype)
-    chosen = (shards, rows, length, config.num_layers, config.experts_per_token)
+    chosen = (shards, rows, length, config.num_layers * config.experts_per_token)
     narrow = jnp.int8 if config.num_experts <= 128 else jnp.int16  # they are many: layers times top-k a token
     written = _Written(
         tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
@@ -323,13 +325,13 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
 
 
 def _assemble_experts(
-    recorded: Int[Array, "N C L K"], length: Int[Array, " N"], step: Int[Array, "N T"]
-) -> Int[Array, "N T L K"]:
+    recorded: Int[Array, "N C LK"], length: Int[Array, " N"], step: Int[Array, "N T"]
+) -> Int[Array, "N T LK"]:
     """Experts by column: decode step c fed the token of column prompt_len - 1 + c. -1 elsewhere: the prompt's other tokens,
     which prefill fed, and the last token drawn, which nothing was drawn from."""
     fed = (step >= 0) & (step < length[:, None])
-    column = jnp.clip(step, 0, recorded.shape[1] - 1)[..., None, None]
-    return jnp.where(fed[..., None, None], jnp.take_along_axis(recorded, column, axis=1), -1)
+    column = jnp.clip(step, 0, recorded.shape[1] - 1)[..., None]
+    return jnp.where(fed[..., None], jnp.take_along_axis(recorded, column, axis=1), -1)
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:

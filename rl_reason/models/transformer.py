@@ -23,7 +23,7 @@ from rl_reason.models.attention import Attend, AttendRows, causal_attention
 from rl_reason.models.lora import linear
 from rl_reason.models.moe import MixtureOfExperts, RouterStatistics
 from rl_reason.models.rope import RopeScaling
-from rl_reason.sharding import ROWS, constrain
+from rl_reason.sharding import TOKENS, constrain
 
 ACTIVATIONS: dict[str, Callable] = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 # What the backward pass of a layer finds stored: everything; nothing but its input; products of weights; or attention's
@@ -248,11 +248,12 @@ def forward(
     valid: Bool[Array, "N T"],
     config: ModelConfig,
     attend: AttendRows = causal_attention,
-    expert_ids: Int[Array, "N T L K"] | None = None,
+    expert_ids: Int[Array, "N T LK"] | None = None,
 ) -> Hidden:
     """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics.
 
-    ``expert_ids`` are experts to use in place of the routers' choice, -1 where they choose for themselves.
+    ``expert_ids`` are experts to use in place of the routers' choice, -1 where they choose for themselves; those of all
+    layers on one axis, because a last axis of K takes 128 places in a TPU's memory.
     """
     rows, width = tokens.shape
     turns = rope.rotations(jnp.arange(width), config)
@@ -268,16 +269,16 @@ def forward(
 
         out = Block(config).apply({"params": layer_params}, x, attend_rows, valid.reshape(-1), recorded)
         x, cache, router, _ = typing.cast(tuple, out)
-        return constrain(x, ROWS), (cache, router)
+        return constrain(x, TOKENS), (cache, router)
 
     def checkpointed(body: Callable) -> Callable:
         return body if config.remat == "none" else jax.checkpoint(body, policy=REMAT[config.remat])
 
-    recorded = (
-        None if expert_ids is None else jnp.moveaxis(expert_ids, 2, 0).reshape(config.num_layers, rows * width, -1)
-    )
+    recorded = None
+    if expert_ids is not None:
+        recorded = jnp.moveaxis(expert_ids.reshape(rows * width, config.num_layers, -1), 1, 0)
     layers = (params["layers"], recorded)
-    x = constrain(embed(params, tokens.reshape(-1), config), ROWS)
+    x = constrain(embed(params, tokens.reshape(-1), config), TOKENS)
     kinds = set(config.windowed)
     bodies = {kind: checkpointed(functools.partial(apply_block, kind)) for kind in kinds}
     if config.scan_layers and len(kinds) == 1:
