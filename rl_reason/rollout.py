@@ -326,12 +326,12 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
 
 def _assemble_experts(
     recorded: Int[Array, "N C LK"], length: Int[Array, " N"], step: Int[Array, "N T"]
-) -> Int[Array, "N T LK"]:
+) -> Int[Array, "N LK T"]:
     """Experts by column: decode step c fed the token of column prompt_len - 1 + c. -1 elsewhere: the prompt's other tokens,
     which prefill fed, and the last token drawn, which nothing was drawn from."""
     fed = (step >= 0) & (step < length[:, None])
     column = jnp.clip(step, 0, recorded.shape[1] - 1)[..., None]
-    return jnp.where(fed[..., None], jnp.take_along_axis(recorded, column, axis=1), -1)
+    return jnp.swapaxes(jnp.where(fed[..., None], jnp.take_along_axis(recorded, column, axis=1), -1), 1, 2)
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:

@@ -20,9 +20,6 @@ from jaxtyping import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")  # what a batch's rows are cut over
-# What tokens are cut over between layers, a row's own ones too (arXiv:2205.05198): backward passes keep a part of them, and
-# what was an all-reduce over ``tensor`` is a reduce-scatter and a gather.
-TOKENS = (*ROWS, "tensor")
 FSDP = ("fsdp", "expert")  # what the weights outside of experts are cut over, to be gathered where they are used
 
 # First match wins. Layer parameters carry a leading stacked axis, which is never cut. MoE kernels are [L, E, in, out].

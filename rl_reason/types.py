@@ -81,7 +81,7 @@ class Rollout:
     truncated: Bool[Array, " N"]  # hit its token limit before a stop
     off_policy: Bool[Array, " N"]  # a demonstration, not a sample
     reference_mask: Bool[Array, "N T"] | None = None
-    expert_ids: Int[Array, "N T LK"] | None = (
+    expert_ids: Int[Array, "N LK T"] | None = (
         None  # the K experts that each of L layers chose for each token fed; -1: not recorded
     )
 

@@ -31,7 +31,7 @@ class ScoredRows:
     tokens: Int[Array, "*m N T"]
     prompt_len: Int[Array, "*m N"]
     row_mask: Bool[Array, "*m N T"]
-    expert_ids: Int[Array, "*m N T LK"] | None = None
+    expert_ids: Int[Array, "*m N LK T"] | None = None
 
 
 @struct
@@ -52,7 +52,7 @@ class Minibatch:
     ref_logprobs: Float[Array, "*m N T"] | None
     reference_mask: Bool[Array, "*m N T"] | None = None  # tokens of references that the reward slot put in
     token_scores: Float[Array, "*m N T"] | None = None  # a token reward model's
-    expert_ids: Int[Array, "*m N T LK"] | None = None  # to be replayed; None: routers choose
+    expert_ids: Int[Array, "*m N LK T"] | None = None  # to be replayed; None: routers choose
 
 
 def score_rows(parts: Parts, params: PyTree, batch: Minibatch | ScoredRows, temperature: Float[Array, ""]) -> Scores:

@@ -2,15 +2,13 @@
 
 Over a mesh each device multiplies the rows of its own experts, inside ``shard_map``, where kernels may be used. Rows are cut
 over data, fsdp and expert; the devices along ``expert`` gather each other's tokens, each takes those that chose its experts,
-and the sums go home by a reduce-scatter (docs/adr/0010), a piece of the own tokens after another. Weights are gathered over
-``fsdp`` where they are used, unless they lie so already, and their gradients reduced and scattered; over ``tensor`` the size
-of an expert is cut, and the parts of the sum are added where the tokens go home. Both passes are written out, so that no
-collective stands inside the loop over own rows, and so that the backward pass keeps nothing but the operands: it gathers,
-sorts and multiplies again, as it would under ``jax.checkpoint``.
+and the sums go home by a reduce-scatter (docs/adr/0010). Weights are gathered over ``fsdp`` where they are used, unless they
+lie so already, and their gradients reduced and scattered; over ``tensor`` the size of an expert is cut, and the parts of the
+sum are added. Both passes are written out, so that no collective stands inside the loop over own rows, and so that the
+backward pass keeps nothing but the operands: it gathers, sorts and multiplies again, as it would under ``jax.checkpoint``.
 """
 
 import functools
-import math
 import typing
 from collections.abc import Callable
 
@@ -23,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.grouped_matmul import arrange, combine, grouped_matmul, permute
-from rl_reason.sharding import ROWS, TOKENS, num_row_shards, param_spec
+from rl_reason.sharding import ROWS, num_row_shards, param_spec
 
 # Of its share of all choices, how many a device works on at a time: one turn of the loop unless its experts are this much
 # more popular than others. Memory and copies grow with it. Guess.
@@ -60,7 +58,7 @@ def apply_experts(
         )
     shards = num_row_shards(mesh)
     pieces = -(-len(x) // (shards * MAX_TOKENS)) if over > 1 else 1
-    missing = -len(x) % (shards * math.lcm(pieces, mesh.shape["tensor"]))
+    missing = -len(x) % (shards * pieces)
     padded = lambda a, filler: jnp.pad(a, ((0, missing), (0, 0)), constant_values=filler) if missing else a
     out = _sharded(mesh, pieces, padded(x, 0), padded(weights, 0), padded(expert_ids, -1), experts)
     return typing.cast(Array, out)[: len(x)]
@@ -79,49 +77,48 @@ def _hidden(rows: Array, experts: Experts, group_sizes: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sharded(mesh: AbstractMesh, pieces: int, x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
-    tokens, rows, _, used = _specs(mesh, experts)
+    _, used = _specs(mesh, experts)
     part = _mixture if mesh.shape["expert"] == 1 else _in_turns
 
     def body(x, weights, ids, experts):
-        x, weights, ids, experts = _typed(_gathered(x, tokens), weights, ids, experts)
+        x, weights, ids, experts = _typed(x, weights, ids, experts)
 
         def of_piece(own):
             x, weights, ids = own
-            return _sent_home(part(*_meet(x, weights, ids, experts), experts))
+            return _send_home(part(*_meet(x, weights, ids, experts), experts), used)
 
-        return _summed(_joined(jax.lax.map(of_piece, _cut(pieces, x, weights, ids))), tokens)
+        return _joined(jax.lax.map(of_piece, _cut(pieces, x, weights, ids)))
 
-    return jax.shard_map(body, mesh=mesh, in_specs=(tokens, rows, rows, used), out_specs=tokens)(
-        x, weights, ids, experts
-    )
+    specs = P(ROWS), P(ROWS), P(ROWS), used
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(ROWS))(x, weights, ids, experts)
 
 
 def _backward(mesh: AbstractMesh, pieces: int, operands: tuple, g: Array) -> tuple:
-    tokens, rows, stored, used = _specs(mesh, operands[-1])
+    stored, used = _specs(mesh, operands[-1])
 
     def body(g, x, weights, ids, experts):
-        x, weights, ids, experts = _typed(_gathered(x, tokens), weights, ids, experts)
+        x, weights, ids, experts = _typed(x, weights, ids, experts)
 
         def of_piece(so_far, own):
             g, x, weights, ids = own
             x, weights, ids = _meet(x, weights, ids, experts)
             d_x, d_weights, d_experts = backward(jax.lax.all_gather(g, "expert", tiled=True), x, weights, ids, experts)
             add = lambda total, more: total + more.astype(total.dtype)
-            return jax.tree.map(add, so_far, d_experts), (_sent_home(d_x), _sent_home(d_weights))
+            return jax.tree.map(add, so_far, d_experts), (_send_home(d_x, used), _send_home(d_weights, used))
 
         nothing = jax.tree.map(lambda w: jnp.zeros_like(w, _wide(w)), experts)
-        own = _cut(pieces, dispatch.varying(_gathered(g, tokens), x), x, weights, ids)
+        own = _cut(pieces, dispatch.varying(g, x), x, weights, ids)
         d_experts, (d_x, d_weights) = jax.lax.scan(of_piece, nothing, own)
         d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
         d_experts = Experts(*(_reduce(d, spec) for d, spec in zip(d_experts, stored, strict=True)))
-        d_weights = _joined(d_weights)
-        return _summed(_joined(d_x), tokens), jax.lax.psum(d_weights, "tensor") if by_tensor else d_weights, d_experts
+        return _joined(d_x), _joined(d_weights), d_experts
 
     def at_once(g, x, weights, ids, experts):
         return jax.vjp(lambda x, w, e: _mixture(x, w, ids, e), x, weights, experts)[1](g)
 
-    by_tensor, backward = tokens != rows, at_once if mesh.shape["expert"] == 1 else _in_turns_backward
-    given, found = (tokens, tokens, rows, rows, used), (tokens, rows, stored)
+    backward = at_once if mesh.shape["expert"] == 1 else _in_turns_backward
+    rows = P(ROWS)
+    given, found = (rows, rows, rows, rows, used), (rows, rows, stored)
     d_x, d_weights, d_experts = jax.shard_map(body, mesh=mesh, in_specs=given, out_specs=found)(g, *operands)
     return d_x, d_weights, None, d_experts
 
@@ -129,24 +126,12 @@ def _backward(mesh: AbstractMesh, pieces: int, operands: tuple, g: Array) -> tup
 _sharded.defvjp(lambda mesh, pieces, *operands: (_sharded(mesh, pieces, *operands), operands), _backward)
 
 
-def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[P, P, typing.Any, typing.Any]:
-    """Specs: of tokens that come and go, of their choices, of weights as the table stores them, and as they lie where they
-    are used, without fsdp. Where ``tensor`` cuts experts it cuts the tokens, too."""
+def _specs(mesh: AbstractMesh, experts: Experts) -> tuple[typing.Any, typing.Any]:
+    """How the weights of one layer are stored, by the table, and how they lie where they are used: without fsdp; specs."""
     names = (f"layers/moe/{name}" for name in Experts._fields)
     stored = [param_spec(name, (1, *w.shape), mesh)[1:] for name, w in zip(names, experts, strict=True)]
     used = [[None if axis == "fsdp" else axis for axis in spec] for spec in stored]
-    tokens = TOKENS if "tensor" in used[0] else ROWS
-    return P(tokens), P(ROWS), Experts._make(P(*spec) for spec in stored), Experts._make(P(*spec) for spec in used)
-
-
-def _gathered(x: Array, tokens: P) -> Array:
-    """All tokens of this device's rows."""
-    return jax.lax.all_gather(x, "tensor", tiled=True) if "tensor" in tokens[0] else x
-
-
-def _summed(x: Array, tokens: P) -> Array:
-    """The sum of what the devices along ``tensor`` have, each device's own tokens of it."""
-    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=0, tiled=True) if "tensor" in tokens[0] else x
+    return Experts._make(P(*spec) for spec in stored), Experts._make(P(*spec) for spec in used)
 
 
 def _typed(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array, Array, Array, Experts]:
@@ -170,9 +155,10 @@ def _meet(x: Array, weights: Array, ids: Array, experts: Experts) -> tuple[Array
     return gather(x), gather(weights), gather(ids) - first
 
 
-def _sent_home(parts: Array) -> Array:
-    """The sum of the parts that the devices along ``expert`` have, each device's own tokens of it."""
-    return jax.lax.psum_scatter(parts, "expert", scatter_dimension=0, tiled=True)
+def _send_home(parts: Array, used: Experts) -> Array:
+    """The sum of the parts that the devices along ``expert`` and ``tensor`` have, each device's own tokens of it."""
+    own = jax.lax.psum_scatter(parts, "expert", scatter_dimension=0, tiled=True)
+    return jax.lax.psum(own, "tensor") if "tensor" in used.gate else own
 
 
 def _reduce(gradient: Array, stored: P) -> Array:

@@ -28,7 +28,7 @@ def score(
     temperature: Float[Array, ""],
     config: ModelConfig,
     completion_len: int,
-    expert_ids: Int[Array, "N T LK"] | None = None,
+    expert_ids: Int[Array, "N LK T"] | None = None,
 ) -> Scores:
     """Teacher-forced scores; the vocabulary head runs on the ``completion_len`` positions after each prompt only.
 

@@ -23,7 +23,7 @@ from rl_reason.models.attention import Attend, AttendRows, causal_attention
 from rl_reason.models.lora import linear
 from rl_reason.models.moe import MixtureOfExperts, RouterStatistics
 from rl_reason.models.rope import RopeScaling
-from rl_reason.sharding import TOKENS, constrain
+from rl_reason.sharding import ROWS, constrain
 
 ACTIVATIONS: dict[str, Callable] = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 # What the backward pass of a layer finds stored: everything; nothing but its input; products of weights; or attention's
@@ -248,12 +248,12 @@ def forward(
     valid: Bool[Array, "N T"],
     config: ModelConfig,
     attend: AttendRows = causal_attention,
-    expert_ids: Int[Array, "N T LK"] | None = None,
+    expert_ids: Int[Array, "N LK T"] | None = None,
 ) -> Hidden:
     """Hidden states of contiguous rows (position = column); ``valid`` keeps padding out of router statistics.
 
-    ``expert_ids`` are experts to use in place of the routers' choice, -1 where they choose for themselves; those of all
-    layers on one axis, because a last axis of K takes 128 places in a TPU's memory.
+    ``expert_ids`` are experts to use in place of the routers' choice, -1 where they choose for themselves: K of each layer,
+    before the tokens, because a last axis of K takes 128 places in a TPU's memory.
     """
     rows, width = tokens.shape
     turns = rope.rotations(jnp.arange(width), config)
@@ -261,6 +261,8 @@ def forward(
     def apply_block(windowed, x, layer_of):
         layer_params, recorded = layer_of
         turn, how = rope.of_layer(turns, windowed), config.attends(windowed)
+        if recorded is not None:
+            recorded = jnp.swapaxes(recorded, 1, 2).reshape(rows * width, -1)
 
         def attend_rows(q, k, v):
             q, k, v = (x.reshape(rows, width, *x.shape[1:]) for x in (q, k, v))
@@ -269,16 +271,16 @@ def forward(
 
         out = Block(config).apply({"params": layer_params}, x, attend_rows, valid.reshape(-1), recorded)
         x, cache, router, _ = typing.cast(tuple, out)
-        return constrain(x, TOKENS), (cache, router)
+        return constrain(x, ROWS), (cache, router)
 
     def checkpointed(body: Callable) -> Callable:
         return body if config.remat == "none" else jax.checkpoint(body, policy=REMAT[config.remat])
 
     recorded = None
     if expert_ids is not None:
-        recorded = jnp.moveaxis(expert_ids.reshape(rows * width, config.num_layers, -1), 1, 0)
+        recorded = jnp.moveaxis(expert_ids.reshape(rows, config.num_layers, -1, width), 1, 0)
     layers = (params["layers"], recorded)
-    x = constrain(embed(params, tokens.reshape(-1), config), TOKENS)
+    x = constrain(embed(params, tokens.reshape(-1), config), ROWS)
     kinds = set(config.windowed)
     bodies = {kind: checkpointed(functools.partial(apply_block, kind)) for kind in kinds}
     if config.scan_layers and len(kinds) == 1:

@@ -49,13 +49,13 @@ def test_replayed_weights_by_hand():
 def test_the_same_weights_choose_the_same(scanned, x64):
     parts, params, rollout = drawn(scan_layers=scanned, scan_decode=scanned)
     ids = rollout.expert_ids
-    assert ids.shape == (*rollout.tokens.shape, parts.model.num_layers * 2)
+    assert ids.shape == (len(rollout.tokens), parts.model.num_layers * 2, rollout.tokens.shape[1])
     # Recorded from the last prompt token on, up to the one before the last drawn.
     column = jnp.arange(rollout.tokens.shape[1])
     length = rollout.completion_mask.sum(1)
     fed = (column >= rollout.prompt_len[:, None] - 1) & (column < (rollout.prompt_len + length)[:, None] - 1)
-    np.testing.assert_array_equal((ids >= 0).all(2), fed)
-    np.testing.assert_array_equal((ids >= 0).any(2), fed)
+    np.testing.assert_array_equal((ids >= 0).all(1), fed)
+    np.testing.assert_array_equal((ids >= 0).any(1), fed)
     own, replayed = scores(parts, params, rollout, None), scores(parts, params, rollout, ids)
     np.testing.assert_allclose(replayed.logprobs, own.logprobs, atol=1e-12)
     np.testing.assert_allclose(replayed.logprobs, rollout.rollout_logprobs, atol=1e-9)
@@ -70,8 +70,8 @@ def test_other_weights_use_the_recorded_experts(x64):
     own, replayed = (scores(parts, turned, rollout, ids) for ids in (None, rollout.expert_ids))
     assert float(jnp.abs(own.logprobs - replayed.logprobs).max()) > 1e-3
     # Tokens that are fed count for the recorded experts; the others, prompts and last ones, choose for themselves.
-    ids = rollout.expert_ids.reshape(*rollout.tokens.shape, parts.model.num_layers, 2)
-    one_hot = jax.nn.one_hot(ids, 4).sum((0, 1, 3))
+    ids = rollout.expert_ids.reshape(len(rollout.tokens), parts.model.num_layers, 2, -1)
+    one_hot = jax.nn.one_hot(ids, 4).sum((0, 2, 3))
     ends = (rollout.prompt_len + rollout.completion_mask.sum(1)).sum()
     fed = rollout.completion_mask.sum()
     np.testing.assert_array_equal(one_hot.sum(1), [2 * fed] * parts.model.num_layers)
