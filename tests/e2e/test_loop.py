@@ -99,7 +99,7 @@ def test_compositions_train_the_same(config, composition):
     assert len(asked) == STEPS * parts.plan.prompts_per_step * parts.plan.group_size
 
 
-@pytest.mark.parametrize("config", map(restored, CONFIGS))
+@pytest.mark.parametrize("config", [restored(config) for config in CONFIGS])
 def test_a_restored_state_goes_on_as_if_never_saved(config, tmp_path):
     """Bit for bit: parameters, optimizer, statistics, metrics and tokens of the steps after a checkpoint."""
     parts, engine = parts_of(config), engine_of(config)
