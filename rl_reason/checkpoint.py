@@ -83,7 +83,7 @@ class Checkpoints:
         """
         wanted = _plain(_abstract(like))
         try:
-            _assert_whole(pathlib.Path(self._manager.directory) / f"step_{step}" / "state")
+            _assert_whole(self._directory / f"step_{step}" / "state")
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))[
                 "state"
             ]

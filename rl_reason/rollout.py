@@ -198,9 +198,7 @@ def _store(written: _Written, slots: _Slots, token, full, sampled, ended, trunca
         sampled_logprobs=put(written.sampled_logprobs, sampled),
         length=put_row(written.length, slots.count + 1, ended),
         truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None
-        if recorded is None
-        else put(recorded, experts.astype(recorded.dtype).reshape(*slots.row.shape, -1)),
+        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
     )
 
 
@@ -232,7 +230,7 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
 
         x = constrain_rows(transformer.embed(params, flat(slots.token), config))
         x, cache, experts = _decode_layers(params, loop.cache, prompt_cache, x, attend_with, config)
-        experts = None if experts is None else experts.reshape(shards, width, *experts.shape[1:])
+        experts = None if experts is None else experts.reshape(shards, width, -1)
         logits = transformer.logits(transformer.final_norm(params, x, config), head, config)
 
         keys = jax.vmap(jax.random.fold_in)(flat(jnp.take_along_axis(queue.keys, row, axis=1)), count)

@@ -79,7 +79,7 @@ class HostLoop:
         cache: PyTree,
         count: Int[Array, ""],
         sampling: Sampling,
-    ) -> tuple["_Step", Int[Array, "R K"], PyTree]:
+    ) -> tuple[_Step, Int[Array, "R K"], PyTree]:
         """One token of every row; what of stop texts is written; the cache."""
         config, shards = self._config, self._rollout.num_shards
         rows = token.shape[0]
