@@ -40,7 +40,10 @@ EXPERTS = {
 }
 SKEWS = ("uniform", "dirichlet-0.3", "half-empty", "one")  # of the first; all others are dirichlet-2
 HEADS = {"Qwen3-30B-A3B": (16384, 2048, 151936)}  # tokens, hidden size, vocabulary
-CACHES = {"Qwen3-0.6B": (28, 128, 1280, 16, 8, 128)}  # layers, rows, positions, query heads, key heads, size of a head
+CACHES = {  # layers, rows, positions, query heads, key heads, size of a head
+    "Qwen3-0.6B": (28, 128, 1280, 16, 8, 128),
+    "Qwen2.5-0.5B": (24, 128, 1280, 14, 2, 64),
+}
 SMALL = ({"small": (4096, 16, 256, 128)}, {"small": (2048, 128, 16384)}, {"small": (2, 64, 128, 4, 2, 32)})
 
 

@@ -3,9 +3,10 @@
 Keys and values arrive by the tensor memory accelerator, ``stages`` blocks of positions ahead of the tensor cores, straight
 from the caches: layer, row and prompt are coordinates, so that nothing is copied out of a stack, and what lies past a row's
 length is not read, but for the rest of its last block. The queries of a key head are padded to the 64 rows of a product;
-reading is what takes the time. Prompt and cache share one online softmax in fp32. When rows are too few to keep the chip
-busy, several blocks of threads share one's positions, and their averages are merged by log-sum-exp; this has not run on a
-chip yet, and has to be asked for by name.
+reading is what takes the time. They stay in shared memory: a product's operand in registers that the loop never changes was
+given the registers of the weights by ptxas 13.0 where blocks are as long as heads are wide, and lost after the first block.
+Prompt and cache share one online softmax in fp32. When rows are too few to keep the chip busy, several blocks of threads
+share one's positions, and their averages are merged by log-sum-exp; this has to be asked for by name.
 
 On one H200 with jax 0.11.2 (``python -m kernels.bench --op decode_attention``), microseconds a layer of 28 stacked ones in a
 compiled loop, bf16, 128 rows of 256 to 1280 positions, 8 key heads of 128, 16 query heads: 115, or 3.56 TB/s of what the
@@ -15,7 +16,7 @@ lengths need, 86% of that run's copy rate, without temporary memory; "packed_xla
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def decode_attention(
     def kernel(
         factor_ref, layer_ref, window_ref, length_ref, lookup_refs, query_ref, cache_refs, out_ref, level_ref, *scratch
     ):
-        rows, key_smem, value_smem, rows_here, keys_here, values_here = scratch
+        rows, query_smem, key_smem, value_smem, rows_here, keys_here, values_here = scratch
         row, head, split = (jax.lax.axis_index(name) for name in ("row", "head", "split"))
         heads = pl.ds(head * group, group)
         plgpu.copy_gmem_to_smem(query_ref.at[row, heads], rows.at[:group], rows_here)
@@ -139,7 +140,8 @@ def decode_attention(
         for ahead in range(stages):
             fetch(begin + ahead)
         plgpu.barrier_wait(rows_here)
-        q = rows[...].astype(dtype)
+        query_smem[...] = rows[...].astype(dtype)
+        plgpu.commit_smem()
 
         def attend(step, carry):
             average, highest, total = carry
@@ -152,7 +154,8 @@ def decode_attention(
             visible = lambda i: (i < turn.stop - at) & after(i)
 
             plgpu.barrier_wait(keys_here.at[slot])
-            s = _product(q, key_smem.at[slot], transpose=True) * factor_ref[0]
+            scores = jnp.zeros((QUERIES, block), jnp.float32)
+            s = _product(query_smem, key_smem.at[slot], scores, transpose=True) * factor_ref[0]
             s = s if soft_cap is None else (soft_cap * LOG2E) * jnp.tanh(s)
             s = jnp.where(visible(jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)), s, -jnp.inf)
             top = jnp.maximum(highest, jnp.max(s, axis=1))
@@ -168,7 +171,7 @@ def decode_attention(
                 value_smem[slot] = jnp.where(inside, v, jnp.zeros_like(v))
                 plgpu.commit_smem()
 
-            average = _columns(fade, head_dim) * average + _product(p.astype(dtype), value_smem.at[slot])
+            average = _product(p.astype(dtype), value_smem.at[slot], _columns(fade, head_dim) * average)
             fetch(step + stages)
             return average, top, total
 
@@ -183,9 +186,8 @@ def decode_attention(
         plgpu.wait_smem_to_gmem(0)
 
     one = lambda x: jnp.asarray(0 if x is None else x, jnp.int32).reshape(1)
-    blocks = plgpu.SMEM(
-        (stages, block, head_dim), dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
+    tiles_of_128_bytes = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    blocks = plgpu.SMEM((stages, block, head_dim), dtype, transforms=tiles_of_128_bytes)
     averages, levels = plgpu.kernel(
         kernel,
         out_type=[
@@ -194,6 +196,7 @@ def decode_attention(
         ],
         scratch_types=[
             plgpu.SMEM((QUERIES, head_dim), wide),
+            plgpu.SMEM((QUERIES, head_dim), dtype, transforms=tiles_of_128_bytes),
             blocks,
             blocks,
             plgpu.Barrier(),
@@ -253,12 +256,7 @@ def _columns(x: jax.Array, count: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, (x.shape[0], count), [0])
 
 
-def _product(a: jax.Array, b, transpose: bool = False) -> jax.Array:
-    """a @ b in fp32, or a @ b^T; a in registers, b in shared memory."""
+def _product(a, b, onto: jax.Array, transpose: bool = False) -> jax.Array:
+    """onto + a @ b in fp32, or a @ b^T; a in registers or shared memory, b in shared memory."""
     b = b.transpose((1, 0)) if transpose else b
-
-    def run(ref):
-        plgpu.wgmma(ref, a, b)
-        return ref[...]
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return cast(jax.Array, pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(onto)))

@@ -21,10 +21,10 @@ OPTIONS = [{}, dict(window=7), dict(soft_cap=1.5, scale=0.4), dict(window=100, n
 BF16 = jnp.dtype("bfloat16")
 
 
-def product(a, b, transpose=False):
+def product(a, b, onto, transpose=False):
     """The interpreter has no products with an operand in registers; and who reads shared memory must fence the next copy."""
     b = b[...].T if transpose else b[...]
-    out = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
+    out = onto + jnp.dot(a[...].astype(jnp.float32), b.astype(jnp.float32))
     plgpu.commit_smem()
     return out
 
