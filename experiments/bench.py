@@ -1,8 +1,9 @@
 """python -m experiments.bench [--config=clipcov.py] [--config.key=value ...] [--out=FILE.json] [--quick]
+    [--model=NAME] [--full_prompts] [--alone]
 
 How fast the loop is on this machine: rollout, update and step, compiling, memory, shares of what the machine can do at
 best; the compiled loop against a host loop on the same weights; slot refill against lock-step batches. Weights are
-random, so nearly all completions run to their limit.
+random, so nearly all completions run to their limit. --model gives the config a published model's shapes.
 """
 
 import os
@@ -12,11 +13,16 @@ import typing
 from collections.abc import Mapping
 
 from absl import app, flags
+from ml_collections import config_flags
 
+from configs.models import MODELS
 from experiments import config_files
 
 _OUT = flags.DEFINE_string("out", None, "Where the JSON goes; default: bench-<config>.json in the working directory.")
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer repeats and shorter measurements: for tests.")
+_MODEL = flags.DEFINE_string("model", None, "A model of configs/models.py, whose shapes replace config.model's.")
+_FULL = flags.DEFINE_bool("full_prompts", False, "Prompts all as long as data.max_prompt_len_tokens lets them be.")
+_ALONE = flags.DEFINE_bool("alone", False, "Neither the host loop nor lock-step batches beside it.")
 _REPEATS = flags.DEFINE_integer("repeats", None, "Timed runs of each program at least; default 5, with --quick 2.", 1)
 DEFAULT_CONFIG = "clipcov.py"
 
@@ -35,6 +41,11 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"error: unexpected {argv[1]!r}; write --name=value.")
     config = config_files.checked(config_files.CONFIG.value)
     config_files.prepare_host()
+    if _MODEL.value is not None:
+        if _MODEL.value not in MODELS:
+            raise SystemExit(f"error: --model={_MODEL.value}; there are {', '.join(MODELS)}.")
+        asked = config_flags.get_override_values(flags.FLAGS["config"])
+        config.model.update({k: v for k, v in MODELS[_MODEL.value].items() if f"model.{k}" not in asked})
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"
     from rl_reason.bench.measure import measure
@@ -45,27 +56,39 @@ def main(argv: list[str]) -> None:
     display = Display()
     try:
         repeats = _REPEATS.value or (2 if _QUICK.value else 5)
-        record = {"config": name, **measure(config, repeats=repeats, quick=_QUICK.value, say=display.info)}
+        record = measure(
+            config,
+            repeats=repeats,
+            quick=_QUICK.value,
+            compare=not _ALONE.value,
+            full_prompts=_FULL.value,
+            say=display.info,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    record = {"config": name, **record}
     out = pathlib.Path(_OUT.value or f"bench-{name}.json")
     write_atomic(out, to_json(record, indent=1) + "\n")
     print_bench(display, record)
     display.info(str(out))
 
 
+def rate(part: Record) -> str:
+    """'12.3k tok/s'."""
+    from rl_reason.report.console import human
+
+    return f"{human(part['tokens_per_s'])} tok/s"
+
+
 def rows_of(record: Record) -> list[tuple[str, str, str] | None]:
     """(what, its value, a note) line by line; None is a rule."""
     from rl_reason.report.console import human
-
-    def rate(part: Record) -> str:
-        return f"{human(part['tokens_per_s'])} tok/s"
 
     def peak(program: str) -> str:
         size = record["programs"][program]["memory"].get("peak")
         return "?" if size is None else f"{human(size)}B"
 
-    rates, host, refill = record["rates"], record["host_loop"], record["refill"]
+    rates = record["rates"]
     rollout, update, step, seconds = (record[name] for name in ("rollout", "update", "step", "compile_seconds"))
     per_decode_step = 1e3 * rollout["median_seconds"] / rollout["decode_steps"]
     alone = seconds["update"]
@@ -82,14 +105,24 @@ def rows_of(record: Record) -> list[tuple[str, str, str] | None]:
         ("  model FLOPs", human(step["model_flops"]), flops),
         ("  model bytes", f"{human(step['model_bytes'])}B", moved),
         None,
+        *comparisons(record),
+        ("compile", f"{seconds['step']:.1f} s step", f"rollout {seconds['rollout']:.1f} s, update {alone:.1f} s"),
+        ("memory", f"{peak('step')} step", f"rollout {peak('rollout')}, update {peak('update')}, by the compiler"),
+        ("", f"{human(record['memory']['process_peak_bytes'])}B host", memory_note(record["memory"])),
+    ]
+
+
+def comparisons(record: Record) -> list[tuple[str, str, str] | None]:
+    """The lines on the host loop and on lock-step batches, where they were measured."""
+    if "host_loop" not in record:
+        return []
+    host, refill = record["host_loop"], record["refill"]
+    return [
         ("compiled loop", f"x {host['rollout_ratio']:.2f} rollout", host_note(host)),
         ("", f"x {host['step_ratio']:.2f} step", "over the host loop's step"),
         ("slot refill", f"x {refill['ratio']:.2f} rollout", refill_note(refill)),
         ("", f"x {refill['ratio_to_host']:.2f} rollout", f"over the host loop there: {rate(refill['host'])}"),
         None,
-        ("compile", f"{seconds['step']:.1f} s step", f"rollout {seconds['rollout']:.1f} s, update {alone:.1f} s"),
-        ("memory", f"{peak('step')} step", f"rollout {peak('rollout')}, update {peak('update')}, by the compiler"),
-        ("", f"{human(record['memory']['process_peak_bytes'])}B host", memory_note(record["memory"])),
     ]
 
 

@@ -61,21 +61,18 @@ def compile_parts(bench: Bench) -> Programs:
     return Programs(draw, judge, learn, fused, prompts, stacked, rollout, verdicts, decode_steps, steps)
 
 
-def time_parts(bench: Bench, p: Programs, host: HostLoop) -> dict[str, list[float]]:
-    """Seconds of rollout, update, step, and the host loop's rollout and step, taken in turn."""
+def time_parts(bench: Bench, p: Programs, host: HostLoop | None) -> dict[str, list[float]]:
+    """Seconds of rollout, update, step, and the host loop's rollout and step if there is one, taken in turn."""
     sampling = bench.experiment.sampling
     placed = jax.tree.map(lambda x: x.sharding, p.rollout)
     state = bench.new_state()  # every update consumes it and leaves another
-
-    def draw_by_host():
-        return host(bench.params, bench.prompts, bench.rollout_key, sampling)
 
     def learn(rollout, verdicts, decode_steps):
         nonlocal state
         state, *out = p.learn.call(state, p.prompts, rollout, verdicts, decode_steps, sampling)
         return state, out
 
-    def step_by_host():
+    def step_by_host(draw_by_host):
         drawn, count = draw_by_host()
         drawn = jax.device_put(drawn, placed)
         return processes.to_host(learn(drawn, p.judge.call(drawn, p.prompts), jnp.int32(count))[1])
@@ -89,9 +86,10 @@ def time_parts(bench: Bench, p: Programs, host: HostLoop) -> dict[str, list[floa
         "rollout": lambda: p.draw.call(state, p.prompts, sampling),
         "update": lambda: learn(p.rollout, p.verdicts, p.decode_steps),
         "step": fused,
-        "host_rollout": draw_by_host,
-        "host_step": step_by_host,
     }
+    if host is not None:
+        draw_by_host = functools.partial(host, bench.params, bench.prompts, bench.rollout_key, sampling)
+        things |= {"host_rollout": draw_by_host, "host_step": lambda: step_by_host(draw_by_host)}
     seconds = interleaved(things, bench.repeats, bench.at_least_s)
     return seconds | {"step": [s / p.steps for s in seconds["step"]]}
 
@@ -100,16 +98,17 @@ def measure_loop(bench: Bench, rates: Record) -> Record:
     """Everything about one step of training."""
     bench.say("compiling rollout, update and fused step")
     p = compile_parts(bench)
-    bench.say("timing them, and the host loop")
-    model, slots = bench.experiment.parts.model, lock_step_slots(p.rollout, bench)
-    host = HostLoop(model, slots)
+    bench.say("timing them, and the host loop" if bench.compare else "timing them")
+    slots = lock_step_slots(p.rollout, bench)
+    host = HostLoop(bench.experiment.parts.model, slots) if bench.compare else None
     seconds = time_parts(bench, p, host)
-    by_host, calls = host(bench.params, bench.prompts, bench.rollout_key, bench.experiment.sampling)
     programs = {"rollout": p.draw, "verify": p.judge, "update": p.learn, "step": p.fused}
-    return loop_record(bench, rates, p.rollout, int(p.decode_steps), seconds) | {
-        "programs": {name: program.record() for name, program in programs.items()},
-        "host_loop": compare_host(seconds, p.rollout, by_host, calls) | {"rows_at_a_time": slots.num_slots},
-    }
+    record = loop_record(bench, rates, p.rollout, int(p.decode_steps), seconds)
+    record["programs"] = {name: program.record() for name, program in programs.items()}
+    if host is not None:
+        by_host, calls = host(bench.params, bench.prompts, bench.rollout_key, bench.experiment.sampling)
+        record["host_loop"] = compare_host(seconds, p.rollout, by_host, calls) | {"rows_at_a_time": slots.num_slots}
+    return record
 
 
 def lock_step_slots(rollout: Rollout, bench: Bench) -> RolloutConfig:

@@ -20,10 +20,14 @@ def measure(
     *,
     repeats: int = 5,
     quick: bool = False,
+    compare: bool = True,
+    full_prompts: bool = False,
     devices: list | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Record:
     """Everything, as one JSON-able record. Times are lists of seconds, rates are of their medians.
+
+    Without ``compare`` there is neither host loop nor lock step. ``full_prompts``: as long as prompts may be.
 
     Raises:
         ValueError: what ``build`` refuses.
@@ -34,13 +38,14 @@ def measure(
     experiment = build.build(config, devices)
     machine = timing.machine()
     with jax.set_mesh(experiment.mesh):
-        prompts = draw_prompts(experiment, experiment.parts.plan.prompts_drawn)
+        prompts = draw_prompts(experiment, experiment.parts.plan.prompts_drawn, full_prompts)
         params = build.init_params(experiment)
-        bench = Bench(experiment, params, prompts, make_verify(experiment), repeats, 2.0 if quick else 15.0, say)
+        at_least_s = 2.0 if quick else 15.0
+        bench = Bench(experiment, params, prompts, make_verify(experiment), repeats, at_least_s, say, compare)
         say("measuring matmul and copy rates")
         rates = measure_rates(experiment, quick)
         loop = measure_loop(bench, rates)
-        refill = measure_refill(bench, rates)
+        refill = measure_refill(bench, rates) if compare else None
     total, active = transformer.num_params(experiment.parts.model)
     return {
         "quick": quick,
@@ -50,10 +55,10 @@ def measure(
         "batch": dataclasses.asdict(experiment.parts.plan),
         "rates": rates,
         **loop,
-        "refill": refill,
+        **({} if refill is None else {"refill": refill}),
         "compile_seconds": {
             name: program["trace_seconds"] + program["compile_seconds"]
-            for name, program in (loop["programs"] | refill["programs"]).items()
+            for name, program in (loop["programs"] | (refill["programs"] if refill else {})).items()
         },
         "memory": {"device_peak_bytes": timing.device_peak(), "process_peak_bytes": timing.process_peak()},
     }

@@ -30,6 +30,7 @@ class Bench:
     repeats: int
     at_least_s: float  # of timing, for each of the two comparisons
     say: Callable[[str], None]
+    compare: bool = True  # with a host loop and lock-step batches
 
     @property
     def rollout_key(self) -> Key[Array, ""]:
@@ -43,8 +44,8 @@ class Bench:
         return build.init_state(self.experiment, self.experiment.parts, self.params)
 
 
-def draw_prompts(experiment: build.Experiment, count: int) -> Prompts:
-    """The first ``count`` training prompts, on the host."""
+def draw_prompts(experiment: build.Experiment, count: int, full: bool = False) -> Prompts:
+    """The first ``count`` training prompts, on the host; ``full`` repeats each until it is as long as prompts may be."""
     config = experiment.config
     stream = prompt_stream(
         experiment.train,
@@ -53,7 +54,13 @@ def draw_prompts(experiment: build.Experiment, count: int) -> Prompts:
         prompt_len=config.data.max_prompt_len_tokens,
         reference_len=config.data.max_reference_len_tokens if config.verify == "graph" else None,
     )
-    return next(stream)
+    prompts = next(stream)
+    if not full:
+        return prompts
+    width = prompts.tokens.shape[1]
+    repeated = [np.resize(row[:length], width) for row, length in zip(prompts.tokens, prompts.prompt_len, strict=True)]
+    new = {"tokens": np.stack(repeated), "prompt_len": np.full_like(prompts.prompt_len, width)}
+    return jax.tree_util.tree_map_with_path(lambda path, x: new.get(path[0].name, x), prompts)
 
 
 def make_verify(experiment: build.Experiment) -> Verify:

@@ -36,10 +36,10 @@ PLAIN_WIDTH = 100  # of what is not a terminal
 def human(value: float | int) -> str:
     """Three digits and a suffix.
 
-    >>> human(12345.0), human(950.0), human(2.5e6)
-    ('12.3k', '950', '2.5M')
+    >>> human(12345.0), human(950.0), human(2.5e6), human(7.12e14)
+    ('12.3k', '950', '2.5M', '712T')
     """
-    for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for suffix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= scale * 0.9995:
             return f"{value / scale:.3g}{suffix}"
     return f"{value:.3g}"

@@ -14,6 +14,8 @@ from rl_reason.bench import counts, timing
 from rl_reason.bench.host_loop import HostLoop
 from rl_reason.bench.measure import measure
 from rl_reason.bench.refill import MEAN_FRACTION, NO_EOS, lock_step, lognormal_lengths
+from rl_reason.bench.setting import draw_prompts
+from rl_reason.build import build
 from rl_reason.models import transformer
 from rl_reason.models.score import score
 from rl_reason.report.console import Display
@@ -202,6 +204,26 @@ def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "slot refill" in printed and "compiled loop" in printed
     assert max(map(len, printed.splitlines()[2:])) <= 110
+
+    alone = {key: value for key, value in record.items() if key not in ("host_loop", "refill")}
+    cli.print_bench(Display(), alone)
+    printed = capsys.readouterr().out
+    assert "compiled loop" not in printed and "rollout" in printed
+
+
+def test_full_prompts_repeat_themselves():
+    experiment = build(load_config("base"), one_device())
+    short, full = (draw_prompts(experiment, 2, full) for full in (False, True))
+    width = experiment.config.data.max_prompt_len_tokens
+    assert (short.prompt_len < width).all() and (full.prompt_len == width).all()
+    for part, row, length in zip(short.tokens, full.tokens, short.prompt_len, strict=True):
+        np.testing.assert_array_equal(row, [part[i % length] for i in range(width)])
+
+
+@pytest.mark.slow
+def test_without_what_it_is_compared_with():
+    record = measure(load_config("base", "smoke"), repeats=1, quick=True, compare=False, devices=one_device())
+    assert "host_loop" not in record and "refill" not in record and record["step"]["tokens_per_s"] > 0
 
 
 def test_default_config_unless_named():
