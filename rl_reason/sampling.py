@@ -1,5 +1,7 @@
 """Drawing a token from logits, with every knob traced: changing one never recompiles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -58,26 +60,36 @@ def sample(
     Each row draws from its own key, so a draw depends on nothing but its own row: the token that wins the race
     argmax p / E with E ~ Exp(1), which is the Gumbel-max draw with one logarithm less.
     """
+    truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    # Whole draws in the branches: nothing as large as the logits passes between them, and none of it is ever stored.
+    whole, truncated = (functools.partial(_draw, truncated=is_truncated) for is_truncated in (False, True))
+    return jax.lax.cond(truncates, truncated, whole, keys, logits, sampling)
+
+
+def _draw(keys, logits, sampling: Sampling, *, truncated: bool):
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     greedy = sampling.temperature <= 0
-    scaled = logits.astype(dtype) / jnp.where(greedy, 1.0, sampling.temperature).astype(dtype)
-    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    temperature = jnp.where(greedy, 1.0, sampling.temperature).astype(dtype)
+    highest = logits.astype(dtype).max(axis=-1) / temperature
+    scaled = logits.astype(dtype) / temperature - highest[:, None]
     mass = jnp.exp(scaled)
-    total = jnp.log(mass.sum(-1))
-
-    def truncate(mass):
-        return jnp.where(truncation_mask(scaled - total[:, None], sampling), mass, 0.0)
-
-    active = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    kept = jax.lax.cond(active, truncate, lambda mass: mass, mass)
+    total = left = jnp.log(mass.sum(-1))
+    if truncated:
+        mass = jnp.where(truncation_mask(scaled - total[:, None], sampling), mass, 0.0)  # the likeliest stays
+        left = jnp.log(mass.sum(-1))
     smallest = jnp.finfo(dtype).tiny
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, kept.shape[-1:], dtype, minval=smallest))(keys)
-    token = _first_argmax(jnp.where(greedy, mass, kept / -jnp.log(uniform)))
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - total, jnp.where(greedy, 0.0, chosen - jnp.log(kept.sum(-1)))
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, mass.shape[-1:], dtype, minval=smallest))(keys)
+    token = _first_argmax(mass / jnp.where(greedy, 1.0, -jnp.log(uniform)))
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0].astype(dtype) / temperature - highest
+    return token, chosen - total, jnp.where(greedy, 0.0, chosen - left)
 
 
 def _first_argmax(x: Float[Array, "S V"]) -> Int[Array, " S"]:
-    """The lowest index of each row's maximum; two plain reductions, several times faster on a CPU than jnp.argmax."""
-    index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
-    return jnp.minimum(index.min(-1), x.shape[-1] - 1)  # a row of NaN has no maximum
+    """The lowest index of each row's maximum."""
+
+    def in_two(x):  # plain reductions, several times faster on a CPU than jnp.argmax
+        index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
+        return jnp.minimum(index.min(-1), x.shape[-1] - 1)  # a row of NaN has no maximum
+
+    in_one = lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    return jax.lax.platform_dependent(x, cpu=in_two, default=in_one)
