@@ -62,7 +62,7 @@ def _paper(config: Config) -> None:
     paper.model(config, "Llama-3.1-8B")  # from memory a Tulu 3 SFT model of these shapes, with its template
     config.preference.update(files=("data/air-pairs.jsonl",), on_long_pair="drop", models=(), num_pairs=0)
     config.preference.update(pairs_per_step=128, microbatches=16, heldout_every=0)
-    paper.layout(config, "v5p:2x2x2")
+    paper.layout(config, "v5p:2x2x2", tensor=1)
     config.data.max_prompt_len_tokens = 512  # of 2048 in all
     config.rollout.completion_len = 1536
     config.num_steps = 14_000 // 128  # one epoch

@@ -30,7 +30,7 @@ def _paper(config: Config) -> None:
     paper.data(config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=20480)
     # The paper's 16 updates a rollout. 320 steps are a guess.
     paper.batch(config, prompts=512, group_size=16, minibatches=16, num_steps=320)
-    paper.layout(config, "v5p:4x4x4", slots=256, microbatch=32, tensor=2)
+    paper.layout(config, "v5p:4x4x4", slots=256, microbatch=16, tensor=4)
     paper.dynamic_sampling(config, generated_prompts=1536)
     paper.optimizer(config, **paper.DAPO_ADAMW)
     config.optimizer.update(b2=0.95, eps=1e-15)  # MiniMax-M1's own training

@@ -42,6 +42,6 @@ def _paper(config: Config) -> None:
     paper.data(config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=20480)
     # Minibatches of 32 prompts. The script trains one epoch of a file that repeats its prompts; 320 steps are a guess.
     paper.batch(config, prompts=512, group_size=16, minibatches=16, num_steps=320)
-    paper.layout(config, "v5p:4x4x4", slots=256, microbatch=32, tensor=2)
+    paper.layout(config, "v5p:4x4x4", slots=256, microbatch=16, tensor=4)
     paper.dynamic_sampling(config, generated_prompts=1536)
     paper.optimizer(config, **paper.DAPO_ADAMW)  # the paper's warm-up is 20 rollouts

@@ -34,7 +34,7 @@ def _paper(config: Config) -> None:
     paper.model(config, "Qwen3-30B-A3B-Base")  # the paper's is fine-tuned from it, and its problems are not named
     paper.data(config, **paper.DAPO_MATH, **paper.AIME, prompt_len=2048, completion_len=8192)
     paper.batch(config, prompts=256, group_size=16, minibatches=4, num_steps=300)  # the script has 8 minibatches
-    paper.layout(config, "v5p:4x4x4", expert=8)
+    paper.layout(config, "v5p:4x4x4", microbatch=64, tensor=1, expert=8)
     paper.optimizer(config, **paper.DAPO_ADAMW)
     paper.overlong(config, buffer_len=4096)
     config.objective = call("gspo.objective", clip_eps_low=3e-4, clip_eps_high=4e-4)  # section 5.1

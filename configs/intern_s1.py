@@ -61,7 +61,7 @@ def _paper(config: Config) -> None:
     paper.data(config, files=files, **paper.AIME, prompt_len=2048, completion_len=32768)
     config.data.references = True
     paper.batch(config, prompts=512, group_size=8, minibatches=8, num_steps=600)  # 4096 completions a step
-    paper.layout(config, "v5p:4x8x8", expert=16, tensor=4)
+    paper.layout(config, "v5p:4x8x8", microbatch=64, tensor=4, expert=16)
     # Weight decay and betas: guess.
     paper.optimizer(config, learning_rate=5e-7, warmup_steps=0, decay="constant", weight_decay=0.01, b2=0.999)
     config.optimizer.skip_above_norm = 0.3

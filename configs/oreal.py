@@ -54,7 +54,7 @@ def _paper(config: Config) -> None:
     paper.data(config, files=files, **paper.MATH_500, prompt_len=2384, completion_len=14000)
     config.rollout.top_p = 0.9
     paper.batch(config, prompts=64, group_size=16, minibatches=1, num_steps=90)
-    paper.layout(config, "v6e:4x8", slots=256, microbatch=32)
+    paper.layout(config, "v6e:4x8", slots=256, microbatch=16)
     config.batch.train_group_size = 2
     # Cosine from 5e-7 to 1e-7; b2 is not set: guess, torch's.
     paper.optimizer(config, learning_rate=5e-7, warmup_steps=10, decay="cosine", weight_decay=0.01, b2=0.999)

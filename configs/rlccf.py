@@ -66,7 +66,7 @@ def _paper(config: Config) -> None:
     config.data.update(train_split="train", num_examples=0)
     config.answer_rule = "equivalence"  # guess
     paper.batch(config, prompts=32, group_size=16, minibatches=1, num_steps=110)  # guess: five epochs
-    paper.layout(config, "v5p:2x4x4")
+    paper.layout(config, "v5p:2x4x4", microbatch=64, tensor=1)
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     # Their Llama is the instruct model, of the same shapes.
     names = ("glm-4-9b-chat", "internlm3-8b-instruct", "Llama-3.1-8B")

@@ -32,6 +32,6 @@ def _paper(config: Config) -> None:
     # Rows of 16,384 tokens, 64 to a batch. Theirs hold one example each, ours are packed; 3 epochs of 45.8k at theirs.
     config.supervised.update(rows_per_step=64, row_len_tokens=16384)
     paper.batch(config, prompts=64, group_size=1, minibatches=1, num_steps=2140)  # of which this loop reads the steps
-    paper.layout(config, "v6e:4x8")
+    paper.layout(config, "v6e:4x8", microbatch=64, tensor=1)
     # Warm-up over a tenth; after it a constant rate, weight decay and b2 as in RL: guess.
     paper.optimizer(config, learning_rate=5e-5, warmup_steps=214, decay="constant", weight_decay=0.01, b2=0.999)

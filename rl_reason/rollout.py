@@ -14,7 +14,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from rl_reason import sampling as sampling_lib
 from rl_reason import tags
@@ -304,8 +304,7 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
     mask = (index >= 0) & (index < flat.length[:, None])
 
     def place(x):
-        moved = jnp.take_along_axis(x, jnp.clip(index, 0, rollout.completion_len - 1), axis=1)
-        return jnp.where(mask, moved, jnp.zeros((), x.dtype))
+        return jnp.where(mask, _shifted(x, prompt_len, width), jnp.zeros((), x.dtype))
 
     prompt_tokens = spread(jnp.pad(prompts.tokens, ((0, 0), (0, rollout.completion_len))))
     tokens = jnp.where(jnp.arange(width) < prompt_len[:, None], prompt_tokens, rollout.pad_id)
@@ -318,18 +317,28 @@ def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Ro
         prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rollout.group_size),
         truncated=flat.truncated,
         off_policy=jnp.zeros(rows, bool),
-        expert_ids=None if flat.expert_ids is None else _assemble_experts(flat.expert_ids, flat.length, index + 1),
+        expert_ids=None
+        if flat.expert_ids is None
+        else _assemble_experts(flat.expert_ids, flat.length, prompt_len, width),
     )
 
 
+def _shifted(x: Shaped[Array, "N C *k"], start: Int[Array, " N"], width: int) -> Shaped[Array, "N T *k"]:
+    """Rows that begin at a column of their own, among zeros; a gather's indices take 128 times their size on a TPU."""
+    return jax.vmap(
+        lambda row, at: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((width, *row.shape[1:]), row.dtype), row, at, 0)
+    )(x, start)
+
+
 def _assemble_experts(
-    recorded: Int[Array, "N C LK"], length: Int[Array, " N"], step: Int[Array, "N T"]
+    recorded: Int[Array, "N C LK"], length: Int[Array, " N"], prompt_len: Int[Array, " N"], width: int
 ) -> Int[Array, "N LK T"]:
     """Experts by column: decode step c fed the token of column prompt_len - 1 + c. -1 elsewhere: the prompt's other tokens,
     which prefill fed, and the last token drawn, which nothing was drawn from."""
+    first = prompt_len - 1
+    step = jnp.arange(width) - first[:, None]
     fed = (step >= 0) & (step < length[:, None])
-    column = jnp.clip(step, 0, recorded.shape[1] - 1)[..., None]
-    return jnp.swapaxes(jnp.where(fed[..., None], jnp.take_along_axis(recorded, column, axis=1), -1), 1, 2)
+    return jnp.swapaxes(jnp.where(fed[..., None], _shifted(recorded, first, width), -1), 1, 2)
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:

@@ -6,7 +6,7 @@ length is not read, but for the rest of its last block. The queries of a key hea
 reading is what takes the time. They stay in shared memory: a product's operand in registers that the loop never changes was
 given the registers of the weights by ptxas 13.0 where blocks are as long as heads are wide, and lost after the first block.
 Prompt and cache share one online softmax in fp32. When rows are too few to keep the chip busy, several blocks of threads
-share one's positions, and their averages are merged by log-sum-exp; this has to be asked for by name.
+share one's positions, and their averages are merged by log-sum-exp.
 
 On one H200 with jax 0.11.2 (``python -m kernels.bench --op decode_attention``), microseconds a layer of 28 stacked ones in a
 compiled loop, bf16, 128 rows of 256 to 1280 positions, 8 key heads of 128, 16 query heads: 115, or 3.56 TB/s of what the
@@ -66,11 +66,6 @@ def unfit(queries: jax.Array, keys: jax.Array, prompt: tuple | None) -> str:
     return ""
 
 
-def fills_the_chip(queries: jax.Array, keys: jax.Array, prompt: tuple | None) -> bool:
-    """Whether there are rows enough to leave them whole."""
-    return _tiles(queries, keys, prompt).splits == 1
-
-
 def decode_attention(
     queries: jax.Array,
     keys: jax.Array,
@@ -99,7 +94,7 @@ def decode_attention(
     group = num_heads // num_kv
     caches = [(keys, values)] if prompt is None else [prompt[:2], (keys, values)]
     entries, sizes = zip(*(k.shape[-4:-2] for k, _ in caches), strict=True)
-    block, stages, splits = tiles or _tiles(queries, keys, prompt)
+    block, stages, splits = tiles or choose_tiles(num_rows * num_kv, sum(sizes))
     wide = queries.dtype if splits == 1 else jnp.float32
 
     def kernel(
@@ -233,10 +228,6 @@ def choose_tiles(heads: int, positions: int) -> Tiles:
     took 126 us, and 142 to 152 with one block of threads there and 3, 4 or 6 in flight, or 2 or 3 of 128 positions.
     """
     return Tiles(64, 2, max(1, min(WANTED // heads, positions // (4 * 64))))
-
-
-def _tiles(queries: jax.Array, keys: jax.Array, prompt: tuple | None) -> Tiles:
-    return choose_tiles(queries.shape[0] * keys.shape[-2], sum(_sizes(keys, prompt)))
 
 
 def _sizes(keys: jax.Array, prompt: tuple | None) -> list[int]:

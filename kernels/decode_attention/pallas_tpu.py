@@ -22,6 +22,11 @@ from kernels.tpu import LANES, VMEM_BYTES
 STEP_BYTES = {"v5e": 2**20, "v5p": 2**20, "v6e": 2**20, "tpu7x": 2**21}
 
 
+def fills_lanes(queries: jax.Array) -> bool:
+    """Whether heads of this width and type are what a TPU reads without padding them."""
+    return queries.shape[-1] % LANES == 0 and queries.dtype != jnp.float64
+
+
 def decode_attention(
     queries: jax.Array,
     keys: jax.Array,

@@ -48,10 +48,11 @@ def decode_attention(
 
     ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs), "pallas_hopper" (a
     kernel for GPUs of compute capability 9.0: heads of 64 or 128, bf16 or fp16, caches of a multiple of 8 positions),
-    "pallas_tpu" (a kernel for TPUs; by name only, because it was never timed on a chip) or None, by the platform that it
-    is compiled for. The kernels read no block of positions outside a row's length and window. None is "pallas_hopper"
-    where that fits and there are rows enough to leave each whole, the GPU is a Hopper, ``num_shards`` is 1, and no mesh of
-    several devices is in use (``jax.set_mesh``), but inside ``shard_map``.
+    "pallas_tpu" (a kernel for TPUs, not for float64) or None, by the platform that it is compiled for. The kernels read no
+    block of positions outside a row's length and window. None is one of them where ``num_shards`` is 1 and no mesh of
+    several devices is in use (``jax.set_mesh``), but inside ``shard_map``: "pallas_hopper" where it fits and the GPU
+    is a Hopper; "pallas_tpu" for heads of multiples of 128. It was not timed on a chip yet, but for "xla" the compiler's
+    text has a copy of all layers' values in every layer.
     """
     check_layer("decode_attention", keys.ndim, layer)
     num_rows, num_heads, head_dim = queries.shape
@@ -90,13 +91,14 @@ def _run(implementation, arrays, options):
         return bound(implementation)(*arrays)
     queries, keys, _, _, prompt, *_ = arrays
     own = dispatch.on_one_device() and options["num_shards"] == 1  # no compiler cuts a kernel over devices
-    fits = not pallas_hopper.unfit(queries, keys, prompt) and pallas_hopper.fills_the_chip(queries, keys, prompt)
-    hopper = own and fits and dispatch.on_hopper()
+    hopper = own and not pallas_hopper.unfit(queries, keys, prompt) and dispatch.on_hopper()
+    lanes = own and pallas_tpu.fills_lanes(queries)
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *arrays,
         cpu=bound("packed_xla"),
         cuda=bound("pallas_hopper" if hopper else "packed_xla"),
+        tpu=bound("pallas_tpu" if lanes else "xla"),
         default=bound("xla"),
     )
 

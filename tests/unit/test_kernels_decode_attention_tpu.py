@@ -1,15 +1,21 @@
 """The TPU kernel of decode_attention in TPU interpret mode, against float64."""
 
+import re
+
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
-from kernels.decode_attention import decode_attention, pallas_tpu
+from kernels.decode_attention import decode_attention, pallas_tpu, write_cache
 from kernels.decode_attention.pallas_tpu import choose_block, fetched
 from tests.interpreted import INTERPRET, no_races  # noqa: F401  watches every test here
 from tests.unit.test_kernels_decode_attention import OPTIONS, case, oracle
+
+BF16, FP32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 
 
 def kernel(queries, keys, values, lengths, prompt, layer=None, block=4, **options):
@@ -85,3 +91,37 @@ def test_blocks_fit(shape):
         block = choose_block(*shape, jnp.dtype("bfloat16"), generation)
         padded = block * kv * -(-head_dim // 128) * 128 * 2
         assert block % 16 == 0 and 8 * padded + 4 * heads * kv * block <= pallas_tpu.VMEM_BYTES
+
+
+def shapes(head_dim, dtype=jnp.bfloat16, layers=4, rows=8, positions=256, kv=2, heads=4):
+    cache = jax.ShapeDtypeStruct((layers, rows, positions, kv, head_dim), dtype)
+    rows_of = lambda *size, dtype=dtype: jax.ShapeDtypeStruct((rows, *size), dtype)
+    return rows_of(heads, head_dim), rows_of(kv, head_dim), cache, cache, rows_of(dtype=jnp.int32)
+
+
+def every_layer(q, new, keys, values, lengths):
+    """A decode step's loop: what each layer writes and reads of stacked caches."""
+
+    def body(layer, carry):
+        q, keys, values = carry
+        keys, values = (write_cache(cache, new, lengths - 1, layer=layer) for cache in (keys, values))
+        return decode_attention(q, keys, values, lengths=lengths, layer=layer).astype(q.dtype), keys, values
+
+    return jax.lax.fori_loop(0, keys.shape[0], body, (q, keys, values))
+
+
+@pytest.mark.parametrize("head_dim, dtype, kernels", [(128, BF16, 1), (256, BF16, 1), (64, BF16, 0), (128, FP32, 1)])
+def test_where_it_is_the_default(head_dim, dtype, kernels):
+    text = jax.jit(every_layer).trace(*shapes(head_dim, dtype)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == kernels
+
+
+@pytest.mark.tpu
+def test_stacked_caches_are_written_and_read_in_place():
+    """By the TPU compiler's text: not a layer's keys or values are copied, and none of the stack."""
+    pytest.importorskip("libtpu")
+    topology = topologies.get_topology_desc("v6e:2x2", platform="tpu")
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(topology.devices[0]))
+    compiled = jax.jit(every_layer, donate_argnums=(2, 3)).lower(*map(place, shapes(128))).compile()
+    assert not re.search(r"bf16\[(4,|1,)?8,256,2,128\]\S* (copy|transpose)\(", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
