@@ -14,7 +14,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from rl_reason import sampling as sampling_lib
 from rl_reason import tags
@@ -25,6 +25,7 @@ from rl_reason.models.transformer import ModelConfig
 from rl_reason.sampling import Sampling
 from rl_reason.sharding import ROWS, constrain, constrain_rows, heads_axis, make_resident
 from rl_reason.types import Prompts, Rollout, struct
+from rl_reason.written import Written
 
 LAYOUTS = "train", "decode"
 _REDRAW = 2**31 - 1  # counted down from: no sample has such a number
@@ -60,18 +61,6 @@ class _Slots:
     matched: Int[Array, "R W K"]  # how much of each of the K stop texts its last bytes are
 
 
-@struct
-class _Written:
-    """Output buffers, filled as tokens are drawn."""
-
-    tokens: Int[Array, "R N C"]
-    rollout_logprobs: Float[Array, "R N C"]
-    sampled_logprobs: Float[Array, "R N C"]
-    length: Int[Array, "R N"]
-    truncated: Bool[Array, "R N"]
-    expert_ids: Int[Array, "R N C LK"] | None
-
-
 class _Queue(typing.NamedTuple):
     """What a slot needs to know of each row, cut by shard."""
 
@@ -84,7 +73,7 @@ class _Queue(typing.NamedTuple):
 class _Loop(typing.NamedTuple):
     slots: _Slots
     next_row: Int[Array, " R"]
-    written: _Written
+    written: Written
     cache: PyTree
     steps: Int[Array, ""]
 
@@ -181,27 +170,6 @@ def stops(
     return stopped | (count > 0).any(-1), follow
 
 
-def _store(written: _Written, slots: _Slots, token, full, sampled, ended, truncated, experts) -> _Written:
-    """Writes one drawn token a slot at [row, count]; idle slots point past the end and are dropped."""
-
-    def put(buffer, value):
-        return jax.vmap(lambda b, r, c, v: b.at[r, c].set(v, mode="drop"))(buffer, slots.row, slots.count, value)
-
-    def put_row(buffer, value, where):
-        row = jnp.where(where, slots.row, buffer.shape[1])
-        return jax.vmap(lambda b, r, v: b.at[r].set(v, mode="drop"))(buffer, row, value)
-
-    recorded = written.expert_ids
-    return _Written(
-        tokens=put(written.tokens, token),
-        rollout_logprobs=put(written.rollout_logprobs, full),
-        sampled_logprobs=put(written.sampled_logprobs, sampled),
-        length=put_row(written.length, slots.count + 1, ended),
-        truncated=put_row(written.truncated, truncated, ended),
-        expert_ids=None if recorded is None else put(recorded, experts.astype(recorded.dtype)),
-    )
-
-
 def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: ModelConfig, rollout: RolloutConfig):
     """One decode step of all slots: feed, draw, write out, refill."""
     shards, rows = queue.keys.shape
@@ -240,7 +208,7 @@ def _make_step(params, queue: _Queue, prompt_cache, sampling: Sampling, config: 
         stopped, matched = jax.vmap(functools.partial(stops, rollout=rollout))(token, slots.matched)
         limit = jnp.take_along_axis(queue.limit, row, axis=1)
         ended = active & (stopped | (slots.count + 1 >= limit))
-        written = _store(loop.written, slots, token, full, sampled, ended, ended & ~stopped, experts)
+        written = loop.written.add(slots.row, slots.count, token, full, sampled, ended, ended & ~stopped, experts)
         moved = _Slots(slots.row, slots.count + 1, token, matched)
         refilled, next_row = _refill(moved, ended, loop.next_row, queue, rollout.group_size)
         # An idle slot stays at position 0: it must not run past the end of its cache.
@@ -278,67 +246,10 @@ def _start(config: ModelConfig, rollout: RolloutConfig, queue: _Queue, dtype) ->
     slots, next_row = _refill(
         idle, jnp.ones((shards, width), bool), jnp.zeros(shards, jnp.int32), queue, rollout.group_size
     )
-    buffer = jnp.zeros((shards, rows, length), dtype)
-    chosen = (shards, rows, length, config.num_layers * config.experts_per_token)
-    narrow = jnp.int8 if config.num_experts <= 128 else jnp.int16  # they are many: layers times top-k a token
-    written = _Written(
-        tokens=jnp.full((shards, rows, length), rollout.pad_id, jnp.int32),
-        rollout_logprobs=buffer,
-        sampled_logprobs=buffer,
-        length=jnp.zeros((shards, rows), jnp.int32),
-        truncated=jnp.zeros((shards, rows), bool),
-        expert_ids=jnp.zeros(chosen, narrow) if rollout.record_experts else None,
-    )
+    chosen = config.num_layers * config.experts_per_token if rollout.record_experts else 0
+    written = Written.empty((shards, rows, length), rollout.pad_id, dtype, chosen, config.num_experts)
     slots, written = constrain_rows((slots, written))
     return _Loop(slots, next_row, written, cache, jnp.int32(0))
-
-
-def _assemble(written: _Written, prompts: Prompts, rollout: RolloutConfig) -> Rollout:
-    """Rows of prompt, completion, padding without gaps, from the prompt and completion buffers."""
-    batch, prompt_width = prompts.tokens.shape
-    rows, width = batch * rollout.group_size, prompt_width + rollout.completion_len
-    flat = jax.tree.map(lambda x: constrain_rows(x.reshape(rows, *x.shape[2:])), written)
-    spread = lambda x: constrain_rows(jnp.repeat(x, rollout.group_size, axis=0))
-    prompt_len = spread(prompts.prompt_len)
-    index = jnp.arange(width) - prompt_len[:, None]  # position in the completion
-    mask = (index >= 0) & (index < flat.length[:, None])
-
-    def place(x):
-        return jnp.where(mask, _shifted(x, prompt_len, width), jnp.zeros((), x.dtype))
-
-    prompt_tokens = spread(jnp.pad(prompts.tokens, ((0, 0), (0, rollout.completion_len))))
-    tokens = jnp.where(jnp.arange(width) < prompt_len[:, None], prompt_tokens, rollout.pad_id)
-    return Rollout(
-        tokens=jnp.where(mask, place(flat.tokens), tokens),
-        prompt_len=prompt_len,
-        completion_mask=mask,
-        rollout_logprobs=place(flat.rollout_logprobs),
-        sampled_logprobs=place(flat.sampled_logprobs),
-        prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rollout.group_size),
-        truncated=flat.truncated,
-        off_policy=jnp.zeros(rows, bool),
-        expert_ids=None
-        if flat.expert_ids is None
-        else _assemble_experts(flat.expert_ids, flat.length, prompt_len, width),
-    )
-
-
-def _shifted(x: Shaped[Array, "N C *k"], start: Int[Array, " N"], width: int) -> Shaped[Array, "N T *k"]:
-    """Rows that begin at a column of their own, among zeros; a gather's indices take 128 times their size on a TPU."""
-    return jax.vmap(
-        lambda row, at: jax.lax.dynamic_update_slice_in_dim(jnp.zeros((width, *row.shape[1:]), row.dtype), row, at, 0)
-    )(x, start)
-
-
-def _assemble_experts(
-    recorded: Int[Array, "N C LK"], length: Int[Array, " N"], prompt_len: Int[Array, " N"], width: int
-) -> Int[Array, "N LK T"]:
-    """Experts by column: decode step c fed the token of column prompt_len - 1 + c. -1 elsewhere: the prompt's other tokens,
-    which prefill fed, and the last token drawn, which nothing was drawn from."""
-    first = prompt_len - 1
-    step = jnp.arange(width) - first[:, None]
-    fed = (step >= 0) & (step < length[:, None])
-    return jnp.swapaxes(jnp.where(fed[..., None], _shifted(recorded, first, width), -1), 1, 2)
 
 
 def check(rollout: RolloutConfig, batch: int) -> None:
@@ -411,4 +322,4 @@ def generate(
     start = _start(config, rollout, queue, jnp.promote_types(config.dtype, jnp.float32))
     local_rows = rows // shards
     loop = jax.lax.while_loop(lambda loop: (loop.slots.row < local_rows).any(), body, start)
-    return _assemble(loop.written, prompts, rollout), loop.steps
+    return loop.written.assemble(prompts, rollout.pad_id), loop.steps
