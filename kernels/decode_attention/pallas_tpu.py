@@ -148,7 +148,9 @@ def fetched(step: jax.Array, start: jax.Array, end: jax.Array, size: int) -> jax
 
 def choose_block(num_heads: int, num_kv: int, head_dim: int, dtype: jnp.dtype, generation: str | None = None) -> int:
     """Positions of a step: a power of two, as many as are worth a step of the grid and as memory holds."""
-    position = num_kv * pl.cdiv(head_dim, LANES) * LANES * jnp.dtype(dtype).itemsize  # bytes of keys
+    width = jnp.dtype(dtype).itemsize
+    heads = max(4 // width, 1 << (num_kv - 1).bit_length())  # as tiles pad them: one of 16 bits to two
+    position = heads * pl.cdiv(head_dim, LANES) * LANES * width  # bytes of keys
     # Two blocks of the keys and values of two caches, their masked values, and scores with their temporaries.
     used = lambda block: block * (10 * position + 6 * 4 * num_heads * num_kv)
     block = 16

@@ -93,6 +93,11 @@ def test_blocks_fit(shape):
         assert block % 16 == 0 and 8 * padded + 4 * heads * kv * block <= pallas_tpu.VMEM_BYTES
 
 
+def test_tiles_pad_one_head_of_16_bits_to_two():
+    sizes = {(kv, dtype): choose_block(16, kv, 128, dtype) for kv in (1, 2) for dtype in (BF16, FP32)}
+    assert sizes[1, BF16] == sizes[2, BF16] == sizes[1, FP32] == 2 * sizes[2, FP32] == 1024
+
+
 def shapes(head_dim, dtype=jnp.bfloat16, layers=4, rows=8, positions=256, kv=2, heads=4):
     cache = jax.ShapeDtypeStruct((layers, rows, positions, kv, head_dim), dtype)
     rows_of = lambda *size, dtype=dtype: jax.ShapeDtypeStruct((rows, *size), dtype)
