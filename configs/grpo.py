@@ -30,7 +30,7 @@ def _paper(config: Config) -> None:
     paper.data(config, **paper.GSM8K_AND_MATH, **paper.GSM8K_AND_MATH_TEST, prompt_len=512, completion_len=1024)
     # A batch of 1024 completions, 64 to a question, and one update; one pass over the 144K is a guess.
     paper.batch(config, prompts=16, group_size=64, minibatches=1, num_steps=9000)
-    paper.layout(config, "v6e:4x4", slots=256)
+    paper.layout(config, "v6e:4x4", slots=256, microbatch=16, tensor=4)
     # Rate 1e-6; decay and betas are not given: guess, verl's.
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     config.regularisers.kl = dict(estimator="k3", coef=0.04, how="seq_mean_token_mean", divisor=1.0)  # eq. 3 and 4
