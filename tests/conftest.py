@@ -19,6 +19,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "tests-compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a thousand small ones add up
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a chip do not pass, or fail in a hundred lines, for want of one: they say what to set."""
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.fail(f"for a GPU, and jax is on {jax.default_backend()}: set JAX_PLATFORMS=cuda", pytrace=False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Each maps pages of memory, of which a process may have some 65,000: a whole suite's would crash the compiler."""
