@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FLOORS = [  # ground first; a room (a module or a folder) may import lower floors and itself
     "types masked sharding processes",
-    "compilation interrupts checkpoint report tags watch",
+    "compilation interrupts checkpoint report tags watch written",
     "policy voting aggregation batch cache sampling models tasks splice repetition",
     "methods data judging rollout verifier_worker",
     "slots verifier_pool",
