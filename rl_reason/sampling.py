@@ -62,16 +62,17 @@ def sample(
     """
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     # Whole draws in the branches: nothing as large as the logits passes between them, and none of it is ever stored.
-    whole, truncated = (functools.partial(_draw, truncated=is_truncated) for is_truncated in (False, True))
-    return jax.lax.cond(truncates, truncated, whole, keys, logits, sampling)
+    draw = lambda truncated: functools.partial(_draw, truncated=truncated)
+    return jax.lax.cond(truncates, draw(True), draw(False), keys, logits, sampling)
 
 
 def _draw(keys, logits, sampling: Sampling, *, truncated: bool):
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits = logits.astype(dtype)
     greedy = sampling.temperature <= 0
     temperature = jnp.where(greedy, 1.0, sampling.temperature).astype(dtype)
-    highest = logits.astype(dtype).max(axis=-1) / temperature
-    scaled = logits.astype(dtype) / temperature - highest[:, None]
+    highest = logits.max(axis=-1) / temperature
+    scaled = logits / temperature - highest[:, None]
     mass = jnp.exp(scaled)
     total = left = jnp.log(mass.sum(-1))
     if truncated:
@@ -80,7 +81,7 @@ def _draw(keys, logits, sampling: Sampling, *, truncated: bool):
     smallest = jnp.finfo(dtype).tiny
     uniform = jax.vmap(lambda key: jax.random.uniform(key, mass.shape[-1:], dtype, minval=smallest))(keys)
     token = _first_argmax(mass / jnp.where(greedy, 1.0, -jnp.log(uniform)))
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0].astype(dtype) / temperature - highest
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] / temperature - highest
     return token, chosen - total, jnp.where(greedy, 0.0, chosen - left)
 
 

@@ -67,15 +67,16 @@ class Written:
         """Rows of prompt, completion, padding without gaps: R * N of them, equally many to each of the prompts."""
         batch, prompt_width = prompts.tokens.shape
         rows = self.length.size
+        group_size = rows // batch
         width = prompt_width + self.tokens.shape[-1]
         flat = jax.tree.map(lambda x: constrain_rows(x.reshape(rows, *x.shape[2:])), self)
-        spread = lambda x: constrain_rows(jnp.repeat(x, rows // batch, axis=0))
+        spread = lambda x: constrain_rows(jnp.repeat(x, group_size, axis=0))
         prompt_len = spread(prompts.prompt_len)
         index = jnp.arange(width) - prompt_len[:, None]  # position in the completion
         mask = (index >= 0) & (index < flat.length[:, None])
 
         def place(x):
-            return jnp.where(mask, _shifted(x, prompt_len, width), jnp.zeros((), x.dtype))
+            return jnp.where(mask, shifted(x, prompt_len, width), jnp.zeros((), x.dtype))
 
         prompt_tokens = spread(jnp.pad(prompts.tokens, ((0, 0), (0, width - prompt_width))))
         tokens = jnp.where(jnp.arange(width) < prompt_len[:, None], prompt_tokens, pad_id)
@@ -86,14 +87,14 @@ class Written:
             completion_mask=mask,
             rollout_logprobs=place(flat.rollout_logprobs),
             sampled_logprobs=place(flat.sampled_logprobs),
-            prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rows // batch),
+            prompt_id=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), group_size),
             truncated=flat.truncated,
             off_policy=jnp.zeros(rows, bool),
             expert_ids=None if experts is None else _by_column(experts, flat.length, prompt_len, width),
         )
 
 
-def _shifted(x: Shaped[Array, "N C *k"], start: Int[Array, " N"], width: int) -> Shaped[Array, "N T *k"]:
+def shifted(x: Shaped[Array, "N C *k"], start: Int[Array, " N"], width: int) -> Shaped[Array, "N T *k"]:
     """Rows that begin at a column of their own, among zeros. A gather's indices would take 128 times their size on a TPU."""
 
     def shift(row, at):
@@ -110,4 +111,4 @@ def _by_column(
     first = prompt_len - 1
     step = jnp.arange(width) - first[:, None]
     fed = (step >= 0) & (step < length[:, None])
-    return jnp.swapaxes(jnp.where(fed[..., None], _shifted(recorded, first, width), -1), 1, 2)
+    return jnp.swapaxes(jnp.where(fed[..., None], shifted(recorded, first, width), -1), 1, 2)

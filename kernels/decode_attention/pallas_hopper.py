@@ -53,7 +53,7 @@ class Turn(NamedTuple):
 def unfit(queries: jax.Array, keys: jax.Array, prompt: tuple | None) -> str:
     """What the kernel would take instead of these arrays; empty if it takes them."""
     head_dim, group = queries.shape[-1], queries.shape[-2] // keys.shape[-2]
-    sizes = _sizes(keys, prompt)
+    sizes = [k.shape[-3] for k in (keys, *(prompt or ())[:1])]  # positions of each cache
     types = {str(x.dtype) for x in (queries, keys, *(prompt or ())[:2])}
     if types not in ({"bfloat16"}, {"float16"}):
         return f"queries and caches of one type, bf16 or fp16, not {' and '.join(sorted(types))}"
@@ -228,11 +228,6 @@ def choose_tiles(heads: int, positions: int) -> Tiles:
     took 126 us, and 142 to 152 with one block of threads there and 3, 4 or 6 in flight, or 2 or 3 of 128 positions.
     """
     return Tiles(64, 2, max(1, min(WANTED // heads, positions // (4 * 64))))
-
-
-def _sizes(keys: jax.Array, prompt: tuple | None) -> list[int]:
-    """Positions of each cache."""
-    return [k.shape[-3] for k in (keys, *(prompt or ())[:1])]
 
 
 def _merged(averages: jax.Array, levels: jax.Array, dtype: jnp.dtype) -> jax.Array:

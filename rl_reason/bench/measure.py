@@ -40,12 +40,15 @@ def measure(
     with jax.set_mesh(experiment.mesh):
         prompts = draw_prompts(experiment, experiment.parts.plan.prompts_drawn, full_prompts)
         params = build.init_params(experiment)
-        at_least_s = 2.0 if quick else 15.0
-        bench = Bench(experiment, params, prompts, make_verify(experiment), repeats, at_least_s, say, compare)
+        verify, at_least_s = make_verify(experiment), 2.0 if quick else 15.0
+        bench = Bench(experiment, params, prompts, verify, repeats, at_least_s, say, compare, full_prompts)
         say("measuring matmul and copy rates")
         rates = measure_rates(experiment, quick)
-        loop = measure_loop(bench, rates)
-        refill = measure_refill(bench, rates) if compare else None
+        found = measure_loop(bench, rates)
+        programs = found["programs"]
+        if compare:
+            found["refill"] = measure_refill(bench, rates)
+            programs = programs | found["refill"]["programs"]
     total, active = transformer.num_params(experiment.parts.model)
     return {
         "quick": quick,
@@ -54,11 +57,9 @@ def measure(
         "model": {"params": total, "params_active": active, **dataclasses.asdict(experiment.parts.model)},
         "batch": dataclasses.asdict(experiment.parts.plan),
         "rates": rates,
-        **loop,
-        **({} if refill is None else {"refill": refill}),
+        **found,
         "compile_seconds": {
-            name: program["trace_seconds"] + program["compile_seconds"]
-            for name, program in (loop["programs"] | (refill["programs"] if refill else {})).items()
+            name: program["trace_seconds"] + program["compile_seconds"] for name, program in programs.items()
         },
         "memory": {"device_peak_bytes": timing.device_peak(), "process_peak_bytes": timing.process_peak()},
     }

@@ -78,7 +78,7 @@ def compile_schedules(bench: Bench) -> Schedules:
     rollout = dataclasses.replace(
         parts.rollout, num_slots=at_a_time * group_size, eos_id=NO_EOS, stop_ids=(), stop=(), prefill_rows=0
     )
-    on_host = draw_prompts(experiment, SAMPLES_PER_SLOT * at_a_time)
+    on_host = draw_prompts(experiment, SAMPLES_PER_SLOT * at_a_time, bench.full_prompts)
     limit = lognormal_lengths(SAMPLES_PER_SLOT * rollout.num_slots, rollout.completion_len)
     limits = processes.to_global(limit, build.rows_sharding(experiment.mesh))
     given = bench.params, bench.on_device(on_host), bench.rollout_key, experiment.sampling, limits

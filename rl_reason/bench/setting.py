@@ -31,6 +31,7 @@ class Bench:
     at_least_s: float  # of timing, for each of the two comparisons
     say: Callable[[str], None]
     compare: bool = True  # with a host loop and lock-step batches
+    full_prompts: bool = False  # as long as prompts may be, in the comparisons too
 
     @property
     def rollout_key(self) -> Key[Array, ""]:

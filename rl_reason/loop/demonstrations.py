@@ -8,6 +8,7 @@ from rl_reason.batch import BatchPlan
 from rl_reason.rollout import RolloutConfig
 from rl_reason.sharding import constrain_rows
 from rl_reason.types import Prompts, Rollout
+from rl_reason.written import shifted
 
 
 def demonstration_rows(prompts: Prompts, copies: int, rollout: RolloutConfig) -> Rollout:
@@ -25,7 +26,7 @@ def demonstration_rows(prompts: Prompts, copies: int, rollout: RolloutConfig) ->
         )
     width = prompts.tokens.shape[1] + rollout.completion_len
     offset = jnp.arange(width) - prompts.prompt_len[:, None]
-    worked = jnp.take_along_axis(prompts.demonstration, jnp.clip(offset, 0, longest - 1), axis=1)
+    worked = shifted(prompts.demonstration, prompts.prompt_len, width)
     length = jnp.sum(prompts.demonstration != rollout.pad_id, axis=1, keepdims=True)
     mask = (offset >= 0) & (offset < length)
     prompt = jnp.pad(prompts.tokens, ((0, 0), (0, rollout.completion_len)), constant_values=rollout.pad_id)
