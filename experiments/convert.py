@@ -75,7 +75,7 @@ def open_checkpoint(args: argparse.Namespace, folder: pathlib.Path, display: "Di
     if args.step is not None or args.policy is not None:
         raise ValueError(f"--step and --policy are of runs; {folder} is a checkpoint.")
     config = read_json(folder / CONFIG)
-    if (folder / hf_weights.PARAMS).is_dir():
+    if (folder / hf_files.PARAMS).is_dir():
         stored = config.get("torch_dtype") or config["dtype"]
     else:
         checkpoint = hf_files.Checkpoint(folder)
@@ -94,9 +94,9 @@ def open_checkpoint(args: argparse.Namespace, folder: pathlib.Path, display: "Di
 def beside(opened: Opened, like: pathlib.Path) -> Opened:
     """With what goes along from a checkpoint; of one by Orbax, whose config.json may tell of towers that it lacks, the
     tokenizer alone."""
-    from rl_reason.models import hf_export, hf_weights
+    from rl_reason.models import hf_export, hf_files
 
-    if not (like / hf_weights.PARAMS).is_dir():
+    if not (like / hf_files.PARAMS).is_dir():
         return opened._replace(like=like)
     config = read_json(like / CONFIG)
     ids = {key: config[key] for key in TOKEN_IDS if key in config}

@@ -12,8 +12,6 @@ from jaxtyping import PyTree
 
 from rl_reason import processes
 
-BASE = "base"  # beside the steps: parameters that none of them holds, because adapters learn in their place
-
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing or does not fit."""
@@ -93,24 +91,6 @@ class Checkpoints:
                 f"mode: {str(error)[:500]}"
             ) from error
         return _rebuild(restored, like)
-
-    def save_base(self, tree: PyTree) -> None:
-        """Saves what no step changes, once."""
-        save_tree(self._directory / BASE, tree)
-
-    def restore_base(self, like: PyTree) -> PyTree:
-        """What ``save_base`` saved, in the shapes, dtypes and shardings of ``like``.
-
-        Raises:
-            CheckpointError: when it is not there, or is of another model.
-        """
-        path = self._directory / BASE
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is missing: adapters mean nothing without it. Put it back, or start again.")
-        try:
-            return restore_tree(path, like)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} does not fit this config's model: {str(error)[:500]}") from error
 
     def close(self) -> None:
         """Waits for writes."""

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
-from rl_reason import build, learning, processes, sharding
-from rl_reason.checkpoint import BASE, CheckpointError, restore_named
+from rl_reason import bases, build, learning, processes, sharding
+from rl_reason.checkpoint import CheckpointError, restore_named
 from rl_reason.data.example import Example, Source
 from rl_reason.data.stream import prompt_stream, prompt_tokens
 from rl_reason.data.tokenizer import Tokenizer
+from rl_reason.loop.partition import split
 from rl_reason.models import lora
 from rl_reason.models.lora import Lora
 from rl_reason.models.transformer import ModelConfig
@@ -226,16 +228,18 @@ def restore_policy(
 def _restore_params(directory: pathlib.Path, step: int, setup: Setup, policy: str | None) -> PyTree:
     """The parameters of a saved (TrainState, rollout in flight), whose arrays are named by their paths. Of a cohort there
     is a TrainState by policy; of adapters the base lies apart."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(build.placed_shapes(setup.model, setup.lora, setup.mesh))
+    whole = build.placed_shapes(setup.model, setup.lora, setup.mesh)
+    apart = (lora.BASE,) if setup.lora is not None else ()
     which = () if policy is None else (jax.tree_util.DictKey(policy),)
     in_state = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
-    apart = lambda path: setup.lora is not None and sharding.path_matches(path, [lora.BASE])
-    name = lambda path: jax.tree_util.keystr((*(which if apart(path) else in_state), *path))
-    found = {}
-    for folder, of_base in ((f"step_{step}/state", False), (BASE, True)):
-        if wanted := {name(path): leaf for path, leaf in paths if apart(path) == of_base}:
-            found |= restore_named(directory / folder, wanted)
-    return jax.tree_util.tree_unflatten(treedef, [found[name(path)] for path, _ in paths])
+    paths, treedef = jax.tree_util.tree_flatten_with_path(split(whole, apart)[0])
+    wanted = {jax.tree_util.keystr((*in_state, *path)): leaf for path, leaf in paths}
+    found = restore_named(directory / f"step_{step}/state", wanted)
+    params = jax.tree_util.tree_unflatten(treedef, [found[name] for name in wanted])
+    if not apart:
+        return params
+    base = bases.read(directory, policy or "", setup.model, lora.base(whole))
+    return unflatten_dict(sharding.by_path(params) | sharding.by_path(base), sep="/")
 
 
 def pass_at_k(correct: Sequence[float], k: int) -> float:

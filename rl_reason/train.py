@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 from jaxtyping import PyTree
 
-from rl_reason import build, cache, judges, pair_data, processes, subjects, warmup
+from rl_reason import bases, build, cache, judges, pair_data, processes, subjects, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.compilation import CompileClock, Stopwatch
 from rl_reason.drivers.base import Driver
@@ -71,15 +72,17 @@ def train(session: Session) -> Summary | None:
         if saved is None:
             params = subjects.joined(experiment, {n: _warm_up(session, own, n) for n, own in policies.items()})
             if experiment.parts.lora is not None:
-                checkpoints.save_base(params)
+                bases.keep(run.checkpoints, params, {n: warmup.unchanged(own) for n, own in policies.items()})
             trained = _make_judges(session)
             before = _evaluate(session, evaluator, params, "before")
             _stop_if_asked(session, "before the first RL step")
         else:
-            # Only a template, as are the judges, unless adapters learn: the checkpoint fills both.
-            params = subjects.joined(experiment, {name: build.init_params(own) for name, own in policies.items()})
-            if experiment.parts.lora is not None:
-                params = checkpoints.restore_base(params)
+            # Where no adapters learn only a template, as are the judges: the checkpoint fills both.
+            if experiment.parts.lora is None:
+                begun = {name: build.init_params(own) for name, own in policies.items()}
+            else:
+                begun = {name: _base(run.checkpoints, own, name) for name, own in policies.items()}
+            params = subjects.joined(experiment, begun)
             trained = {}
             before = _read_before(session)
         driver = make_driver(session, params if saved is None else None)
@@ -128,6 +131,12 @@ def _initial(session: Session, experiment: build.Experiment, name: str) -> PyTre
         if names:
             session.display.info(f"{folder}: {len(names)} tensors {what}: {first_of(names)}")
     return loaded.params
+
+
+def _base(directory: pathlib.Path, experiment: build.Experiment, name: str) -> PyTree:
+    """What the adapters of a run were put beside when it began."""
+    model = experiment.parts.model
+    return bases.read(directory, name, model, build.placed_shapes(model, None, experiment.mesh))
 
 
 def _make_judges(session: Session) -> dict[str, judges.Trained]:

@@ -73,6 +73,11 @@ def total_steps(experiment: build.Experiment) -> int:
     return experiment.config.warmup.num_steps + experiment.config.warmup.imitation_steps
 
 
+def unchanged(experiment: build.Experiment) -> str:
+    """The checkpoint that the policy begins with as it came; "" where a warm-up changes it, or there is none."""
+    return "" if total_steps(experiment) else experiment.config.weights
+
+
 def train(
     experiment: build.Experiment,
     params: PyTree,

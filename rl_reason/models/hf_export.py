@@ -15,9 +15,17 @@ from jaxtyping import PyTree
 from rl_reason import checkpoint, processes
 from rl_reason.models import hf_names, lora
 from rl_reason.models.hf_config import CONFIG, config_json
-from rl_reason.models.hf_files import MAX_SHARD_BYTES, Checkpoint, numpy_dtype, split, whole_or_absent, write_tensors
+from rl_reason.models.hf_files import (
+    MAX_SHARD_BYTES,
+    PARAMS,
+    Checkpoint,
+    numpy_dtype,
+    split,
+    whole_or_absent,
+    write_tensors,
+)
 from rl_reason.models.hf_names import PREFIXES, Plan
-from rl_reason.models.hf_weights import PARAMS, OnTensor, check, keys_of
+from rl_reason.models.hf_weights import OnTensor, check, keys_of
 from rl_reason.models.transformer import ModelConfig, param_shapes
 from rl_reason.report.files import to_json
 from rl_reason.sharding import by_path

@@ -1,6 +1,7 @@
 """Folders of safetensors: tensors by name over all files, and new folders that are whole or absent."""
 
 import contextlib
+import hashlib
 import math
 import os
 import pathlib
@@ -17,8 +18,10 @@ from rl_reason.models.hf_config import WeightsError, first_of, read_json
 from rl_reason.report.files import TMP_SUFFIX, sync_directory, to_json
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARAMS = "params"  # where a folder has its parameters by Orbax, in place of safetensors
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers splits at
+SAMPLED_BYTES = 2**16
 
 
 class Described(typing.NamedTuple):
@@ -88,6 +91,22 @@ def identity(folder: str | pathlib.Path) -> list[tuple[str, int, int]]:
     """What tells one checkpoint's files from another's without reading them: name, bytes, time of change."""
     files = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix in (".safetensors", ".json"))
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def digest(folder: str | pathlib.Path) -> str:
+    """What tells one checkpoint's parameters from another's wherever it lies, by a few reads: the names and sizes of its
+    files, and their bytes at the beginning, in the middle and at the end."""
+    found, folder = hashlib.sha256(), pathlib.Path(folder)
+    for path in sorted(
+        [*folder.glob("*.safetensors"), *(path for path in (folder / PARAMS).rglob("*") if path.is_file())]
+    ):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            for at in (0, size // 2, max(size - SAMPLED_BYTES, 0)):
+                file.seek(at)
+                found.update(file.read(SAMPLED_BYTES))
+    return found.hexdigest()[:20]
 
 
 def _opened(path: pathlib.Path) -> typing.Any:

@@ -17,12 +17,11 @@ from jaxtyping import PyTree
 from rl_reason.checkpoint import restore_tree
 from rl_reason.models import hf_names
 from rl_reason.models.hf_config import CONFIG, WeightsError, first_of, model_keys, read_json
-from rl_reason.models.hf_files import DTYPES, Checkpoint
+from rl_reason.models.hf_files import DTYPES, PARAMS, Checkpoint
 from rl_reason.models.hf_names import HEAD, HEADS, PREFIXES, Piece, Plan
 from rl_reason.models.transformer import ModelConfig, param_shapes
 from rl_reason.sharding import by_path
 
-PARAMS = "params"  # where a folder has its parameters by Orbax, in place of safetensors
 COMPUTED = "rotary_emb.inv_freq"  # old Llama checkpoints have it
 OnTensor = Callable[[int, int], None]  # hears how many tensors of how many are done
 

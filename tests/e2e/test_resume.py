@@ -5,12 +5,17 @@ import itertools
 import json
 import pathlib
 import random
+import shutil
 import signal
 import time
 
+import jax
 import pytest
 
+from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
+from rl_reason.models import hf_export
 from tests.e2e import harness
+from tests.unit.test_hf_weights import params_of, tiny
 
 STEPS = 40
 MODES = ("graph", "split", "overlapped")
@@ -221,3 +226,28 @@ def test_a_preference_run(tmp_path, precompute):
     assert (run / "pairs.jsonl").read_text() == (whole / "pairs.jsonl").read_text() != ""
     assert harness.extra(run, 4)["stream"] == harness.extra(whole, 4)["stream"]
     harness.assert_bitwise(harness.checkpoint(run, 4), harness.checkpoint(whole, 4))
+
+
+def test_adapters_go_on_beside_the_checkpoint_that_they_were_put_beside(tmp_path):
+    """Of which the run keeps no copy."""
+    model = tiny("qwen3", vocab_size=SentencePieceTokenizer.load().vocab_size)
+    weights, run, whole = tmp_path / "weights", tmp_path / "run", tmp_path / "whole"
+    hf_export.write(weights, params_of(model), model, dtype="float32", files={"tokenizer.model": EMBEDDED})
+    flags = [
+        harness.TINY,
+        f"--config.weights={weights}",
+        "--config.lora.rank=2",
+        "--config.optimizer.lr_warmup_updates=0",
+    ]
+    harness.succeed(*flags, "--config.num_steps=4", f"--run={whole}")
+    harness.succeed(*flags, "--config.num_steps=2", f"--run={run}")
+    assert not (run / "checkpoints/base").exists()
+    harness.succeed(*flags, "--config.num_steps=4", f"--run={run}", "--resume")
+    assert_learning(whole)
+    assert harness.metrics(run) == harness.metrics(whole)
+    harness.assert_bitwise(harness.checkpoint(run, 4), harness.checkpoint(whole, 4))
+    shutil.rmtree(weights)
+    other = jax.tree.map(lambda x: -x, params_of(model))
+    hf_export.write(weights, other, model, dtype="float32", files={"tokenizer.model": EMBEDDED})
+    ended = harness.run(*flags, "--config.num_steps=6", f"--run={run}", "--resume")
+    assert ended.code == 1 and f"error: {weights} has other tensors than when this run began" in ended.output

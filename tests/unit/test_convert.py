@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from experiments import config_files, convert
-from rl_reason import build, warmup
+from rl_reason import bases, build, warmup
 from rl_reason.checkpoint import Checkpoints
 from rl_reason.data.sentencepiece_tokenizer import EMBEDDED, SentencePieceTokenizer
 from rl_reason.drivers.supervised import Supervised
@@ -116,7 +116,7 @@ def test_adapters_alone_or_merged(tmp_path, capsys):
     state = driver.initial_state(params)
     open_run(config.to_dict(), config_name="sft", run=str(tmp_path / "run"))
     checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep=1)
-    checkpoints.save_base(params)
+    bases.keep(tmp_path / "run/checkpoints", params, {"": ""})
     checkpoints.save(2, (driver.kept(state), driver.pending), dict(step=2))
     checkpoints.close()
     assert convert.main([f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'alone'}", "--as=adapters"]) == 0

@@ -12,7 +12,7 @@ FLOORS = [  # ground first; a room (a module or a folder) may import lower floor
     "types masked sharding processes",
     "compilation interrupts checkpoint report tags watch written",
     "policy voting aggregation batch cache sampling models tasks splice repetition",
-    "methods data judging rollout verifier_worker",
+    "bases methods data judging rollout verifier_worker",
     "slots verifier_pool",
     "rewards members checks learning",
     "loop",
