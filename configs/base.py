@@ -49,6 +49,7 @@ def get_config(arg: str = "") -> Config:
         final_soft_cap=0.0,  # the same of logits
         rope_scaling=config_dict.placeholder(object),  # dict(kind, factor, ...) for long rows, see models/rope.py
         rope_theta_local=0.0,  # of layers with a window; 0: rope_theta
+        rotary_dim=0,  # channels of a head that turn with the position, its first; 0: all
         window=0,  # positions that a token sees, its own included; 0: all
         full_every=0,  # with a window, each so-many-th layer sees all; 0: none does
         max_position=0,  # the longest row the model is meant for, in tokens; 0: any

@@ -3,11 +3,12 @@
 
 Sources are each model's config.json on Hugging Face, read in copies: slime's scripts/models for Qwen2.5 and Qwen3, with the
 theta of Qwen2.5-Math among them; logged configs for Qwen2-7B-Instruct and Llama 3.1; xtuner's and lmdeploy's configs for
-Intern-S1's language models; the defaults of transformers' configurations, which are a published model's each, for the
-others. Vocabularies are the padded ones of the checkpoints. A test compares parameter counts with those published.
-Vision towers are left out.
+Intern-S1's language models; a logged config of glm-4-9b-chat; the defaults of transformers' configurations, which are a
+published model's each, for the others. Vocabularies are the padded ones of the checkpoints. A test compares parameter counts
+with those published. Vision towers are left out.
 
-Of GLM-4 and InternLM's models there are only sizes and cost: GLM turns half of each head, in another order.
+GLM-4's checkpoints have two formats: read is transformers' (-hf), not that of the code which comes with the older one.
+POLAR's, which is InternLM2's, is not read: of it there are only sizes and cost.
 """
 
 import typing
@@ -27,6 +28,7 @@ _LLAMA: Shapes = dict(
     final_soft_cap=0.0,
     rope_scaling=None,
     rope_theta_local=0.0,
+    rotary_dim=0,
     window=0,
     full_every=0,
     num_experts=0,
@@ -40,6 +42,7 @@ _LLAMA_31: Shapes = _LLAMA | dict(
 )
 _QWEN2: Shapes = _LLAMA | dict(qkv_bias=True)
 _QWEN3: Shapes = _LLAMA | dict(qk_norm=True)
+_GLM: Shapes = _LLAMA | dict(qkv_bias=True, rotary_dim=64)  # half of a head
 _GEMMA: Shapes = _LLAMA | dict(activation="gelu_tanh", post_norms=True, norm_plus_one=True, scale_embeddings=True)
 _GEMMA2: Shapes = _GEMMA | dict(attention_soft_cap=50.0, final_soft_cap=30.0, window=4096, full_every=2)
 _GEMMA3: Shapes = _GEMMA | dict(qk_norm=True, rope_theta_local=1e4, full_every=6)
@@ -94,9 +97,10 @@ MODELS: dict[str, Shapes] = {
     "Qwen2.5-Math-1.5B": _model(_QWEN2, 28, 1536, (12, 2), 8960, 151936, theta=1e4, positions=4096, tied=True),
     "Qwen2.5-32B": _model(_QWEN2, 64, 5120, (40, 8), 27648, 152064, theta=1e6, positions=131072, eps=1e-5),
     "Llama-3.1-8B": _model(_LLAMA_31, 32, 4096, (32, 8), 14336, 128256, theta=5e5, positions=131072, eps=1e-5),
-    # InternLM3's and GLM-4's sizes are from memory of their config.json; their tests are the published counts: guess.
+    # Its RoPE is scaled beyond these positions only, and longer rows are refused.
     "internlm3-8b-instruct": _model(_LLAMA, 48, 4096, (32, 2), 10240, 128512, theta=5e7, positions=32768, eps=1e-5),
-    "glm-4-9b-chat": _model(_QWEN2, 40, 4096, (32, 2), 13696, 151552, theta=1e4, positions=131072, eps=1.5625e-7),
+    # transformers' GlmConfig; theta is 10,000 times the rope_ratio in glm-4-9b-chat's config.json, as its converter has it.
+    "glm-4-9b-chat-hf": _model(_GLM, 40, 4096, (32, 2), 13696, 151552, theta=5e6, positions=131072, eps=1.5625e-7),
     # Layers, widths, heads and vocabulary are deepseek-llm-7b's; theta and eps are from memory: guess.
     "deepseek-math-7b-instruct": _model(_LLAMA, 30, 4096, (32, 32), 11008, 102400, theta=1e4, positions=4096),
     "Qwen3-0.6B": _model(_QWEN3, 28, 1024, (16, 8), 3072, 151936, theta=1e6, positions=40960, tied=True),

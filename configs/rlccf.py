@@ -69,7 +69,7 @@ def _paper(config: Config) -> None:
     paper.layout(config, "v5p:2x4x4", microbatch=64, tensor=1)
     paper.optimizer(config, **paper.VERL_ADAMW, learning_rate=1e-6)
     # Their Llama is the instruct model, of the same shapes.
-    names = ("glm-4-9b-chat", "internlm3-8b-instruct", "Llama-3.1-8B")
+    names = ("glm-4-9b-chat-hf", "internlm3-8b-instruct", "Llama-3.1-8B")
     others = {
         name.split("-")[0].lower(): dict(
             seed=seed, weights=f"checkpoints/{name}", tokenizer=f"checkpoints/{name}", model=MODELS[name]

@@ -151,7 +151,7 @@ def convert(args: argparse.Namespace, source: pathlib.Path, of_run: bool, displa
     hf_files.refuse_to_overwrite(target)
     opened = (open_run if of_run else open_checkpoint)(args, source, display)
     if args.form == "adapters":
-        peft.write(target, opened.params, base=str(opened.like or source))
+        peft.write(target, opened.params, opened.model, base=str(opened.like or source))
         display.info(f"{target}: adapters of {opened.like or source}")
         return
     with display.phase("write", unit="tensor") as phase:

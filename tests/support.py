@@ -109,6 +109,8 @@ GEMMA: dict[str, typing.Any] = dict(
     window=3,
     full_every=2,
 )
+# GLM-4 of 0414: half of a head turns.
+GLM: dict[str, typing.Any] = dict(qkv_bias=True, qk_norm=False, post_norms=True, rotary_dim=2)
 FLOAT64: dict[str, typing.Any] = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 
 

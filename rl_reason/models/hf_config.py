@@ -21,16 +21,18 @@ class WeightsError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a model_type means: its language model's class, the keys of ours that it fixes, and what its config.json may
-    leave unsaid because transformers assumes it."""
+    leave unsaid because transformers assumes it. ``also``: another class that it may name."""
 
     architecture: str
     fixed: Values = dataclasses.field(default_factory=dict)
     assumed: Values = dataclasses.field(default_factory=dict)
+    also: str = ""
 
 
 _PLAIN: Values = dict(
     activation="silu", qkv_bias=False, qk_norm=False, post_norms=False, norm_plus_one=False, scale_embeddings=False
 )
+_GLM_ASSUMED: Values = dict(head_dim=128, attention_bias=True, rope_theta=1e4, partial_rotary_factor=0.5)
 _GEMMA: Values = dict(activation="gelu_tanh", post_norms=True, norm_plus_one=True, scale_embeddings=True)
 _GEMMA_ASSUMED: Values = dict(
     head_dim=256, query_pre_attn_scalar=256, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh"
@@ -41,6 +43,10 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", dict(qkv_bias=True)),
     "qwen3": Family("Qwen3ForCausalLM", dict(qk_norm=True), dict(head_dim=128)),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(qk_norm=True), dict(norm_topk_prob=False)),
+    "glm": Family("GlmForCausalLM", assumed=_GLM_ASSUMED),
+    "glm4": Family("Glm4ForCausalLM", dict(post_norms=True), _GLM_ASSUMED),
+    # A Llama, by the checkpoint's own code and, since 5.x, by transformers' Llama.
+    "internlm3": Family("InternLM3ForCausalLM", assumed=dict(head_dim=128), also="LlamaForCausalLM"),
     "gemma2": Family("Gemma2ForCausalLM", _GEMMA, _GEMMA_ASSUMED),
     # Gemma 3's multimodal checkpoints say of their text_config little more than what differs from the 4B model.
     "gemma3_text": Family(
@@ -66,10 +72,17 @@ WRAPPERS = {
     "interns1": "InternS1ForConditionalGeneration",
 }
 MIXTURES = ("mixtral", "qwen3_moe")
+GLM = ("glm", "glm4")
+BIASED = (*GLM, "internlm3")  # may have biases on queries, keys and values, and say so
+INSTEAD = {
+    "chatglm": "This is GLM's older format, of code that comes with the checkpoint; fetch the same weights in that of "
+    "transformers: for glm-4-9b-chat, glm-4-9b-chat-hf."
+}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Keys that change the function, with the one value that is ours.
 EXPECTED: Values = dict(
     attention_bias=False,
+    bias=False,
     mlp_bias=False,
     norm_topk_prob=True,
     mlp_only_layers=[],
@@ -121,8 +134,10 @@ def model_keys(config: Mapping[str, typing.Any], where: str = CONFIG) -> Values:
     experts = (text.get("num_local_experts") or text["num_experts"]) if text["model_type"] in MIXTURES else 0
     scalar = text.get("query_pre_attn_scalar")
     window, full_every = _window(text, where)
+    biases = text["model_type"] in BIASED and text.get("qkv_bias", text.get("attention_bias", False))
     return (
         _PLAIN
+        | dict(qkv_bias=bool(biases))
         | family.fixed
         | dict(
             vocab_size=text["vocab_size"],
@@ -142,7 +157,7 @@ def model_keys(config: Mapping[str, typing.Any], where: str = CONFIG) -> Values:
             window=window,
             full_every=full_every,
             max_position=text["max_position_embeddings"],
-            **_rope(text, bool(window), where),
+            **_rope(text, head_dim, bool(window), where),
         )
     )
 
@@ -163,7 +178,10 @@ def _text(config: Mapping[str, typing.Any], where: str) -> _Text:
     kind = config.get("model_type")
     known = {**WRAPPERS, **{name: family.architecture for name, family in FAMILIES.items()}}
     given = (config.get("architectures") or [known.get(str(kind))])[0]
-    if kind not in known or given != known[kind]:
+    if kind in INSTEAD:
+        raise WeightsError(f"{where}: model_type={kind!r} cannot be read. {INSTEAD[kind]}")
+    also = FAMILIES[kind].also if kind in FAMILIES else ""
+    if kind not in known or given not in (known[kind], also):
         raise WeightsError(
             f"{where}: model_type={kind!r} with architectures={config.get('architectures')!r} is none that can be read; "
             f"there are {', '.join(sorted(known.values()))}."
@@ -177,6 +195,8 @@ def _text(config: Mapping[str, typing.Any], where: str) -> _Text:
     outer = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
     text = _Text(dict(tie_word_embeddings=False) | family.assumed | spoken | outer, where)
     for key, value in EXPECTED.items():
+        if key == "attention_bias" and text["model_type"] in BIASED:
+            continue
         if text.get(key, value) not in (value, None):
             raise WeightsError(f"{where}: {key}={text[key]!r}; what can be read has {key}={value!r}.")
     act = text.get("hidden_activation") or text.get("hidden_act", "silu")
@@ -206,7 +226,7 @@ def _window(text: _Text, where: str) -> tuple[int, int]:
     elif kind in ("qwen2", "qwen3"):
         full = [i < text.get("max_window_layers", layers) for i in range(layers)]
     else:
-        full = [kind == "llama"] * layers
+        full = [kind in ("llama", *BIASED)] * layers
     if not width or all(full):
         return 0, 0
     full_every = full.index(True) + 1 if any(full) else 0
@@ -219,8 +239,8 @@ def _window(text: _Text, where: str) -> tuple[int, int]:
     return width, full_every
 
 
-def _rope(text: _Text, windowed: bool, where: str) -> Values:
-    """RoPE's thetas, and the scaling of layers without a window, from either spelling."""
+def _rope(text: _Text, head_dim: int, windowed: bool, where: str) -> Values:
+    """RoPE's thetas, how much of a head turns, and the scaling of layers without a window, from either spelling."""
     given = text.get("rope_parameters")
     if given is None:
         full = {"rope_theta": text["rope_theta"]} | dict(text.get("rope_scaling") or {})
@@ -229,6 +249,13 @@ def _rope(text: _Text, windowed: bool, where: str) -> Values:
         full = given.get("full_attention", given)
         local = given.get("sliding_attention", full)
     full, local = _Text(full, f"{where}: rope_parameters"), _Text(local, f"{where}: rope_parameters")
+    turned = [rope.get("partial_rotary_factor") or text.get("partial_rotary_factor", 1.0) for rope in (full, local)]
+    partial, rotary_dim = text["model_type"] in GLM, int(head_dim * turned[0])
+    if turned[0] != turned[1] or not (0 < rotary_dim < head_dim if partial else rotary_dim == head_dim):
+        raise WeightsError(
+            f"{where}: partial_rotary_factor={turned[0]}; of GLM's models RoPE must turn a part of each head, of all others "
+            "whole heads."
+        )
     scaling, scaling_local = _scaling(full, where), _scaling(local, where)
     theta, theta_local = float(full["rope_theta"]), float(local["rope_theta"])
     apart = windowed and (theta, scaling) != (theta_local, scaling_local)
@@ -237,23 +264,26 @@ def _rope(text: _Text, windowed: bool, where: str) -> Values:
             f"{where}: RoPE is scaled by {scaling_local} in layers with a sliding window and by {scaling} in the others; "
             "only the others can have one of their own."
         )
-    return dict(rope_theta=theta, rope_theta_local=theta_local if apart else 0.0, rope_scaling=scaling)
+    return dict(
+        rope_theta=theta,
+        rope_theta_local=theta_local if apart else 0.0,
+        rope_scaling=scaling,
+        rotary_dim=rotary_dim if partial else 0,
+    )
 
 
 def _scaling(rope: _Text, where: str) -> Values | None:
+    """``config.model.rope_scaling``; of "dynamic" none: it rescales rows beyond max_position_embeddings alone, and a config
+    with such rows is refused (``checks.positions``)."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise WeightsError(
-            f"{where}: partial_rotary_factor={rope['partial_rotary_factor']}; RoPE must turn whole heads."
-        )
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return None
     if kind == "linear":
         return dict(kind=kind, factor=float(rope["factor"]))
     if kind == "llama3":
         scales = {key: float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")}
         return dict(kind=kind, **scales, original_max_position=rope["original_max_position_embeddings"])
-    raise WeightsError(f"{where}: rope_type={kind!r}; there are default, linear, llama3.")
+    raise WeightsError(f"{where}: rope_type={kind!r}; there are default, dynamic, linear, llama3.")
 
 
 def config_json(keys: Mapping[str, typing.Any], **extra: typing.Any) -> Values:
@@ -293,7 +323,7 @@ def config_json(keys: Mapping[str, typing.Any], **extra: typing.Any) -> Values:
     else:
         config |= dict(hidden_act="silu")
     if kind not in ("qwen2", "mixtral"):  # which have no such key: the one has biases, the other none
-        config |= dict(attention_bias=False)
+        config |= dict(attention_bias=kind in BIASED and keys["qkv_bias"])
     if kind == "qwen3_moe":
         config |= dict(moe_intermediate_size=keys["mlp_size"], num_experts=keys["num_experts"])
         config |= dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
@@ -301,6 +331,8 @@ def config_json(keys: Mapping[str, typing.Any], **extra: typing.Any) -> Values:
         config |= dict(num_local_experts=keys["num_experts"])
     if keys["num_experts"]:
         config |= dict(num_experts_per_tok=keys["experts_per_token"])
+    if kind in GLM:  # whose default is beyond smaller vocabularies
+        config |= dict(pad_token_id=None)
     config |= extra
     differing = {key: value for key, value in model_keys(config).items() if not _same(keys[key], value)}
     if differing:
@@ -319,6 +351,8 @@ def _same(ours: typing.Any, theirs: typing.Any) -> bool:
 
 def _kind_of(keys: Mapping[str, typing.Any]) -> str:
     """The family that is nearest; whether it is this very model is for the caller to check."""
+    if keys["rotary_dim"]:
+        return "glm4" if keys["post_norms"] else "glm"
     if keys["post_norms"]:
         return "gemma3_text" if keys["qk_norm"] else "gemma2"
     if keys["num_experts"]:
@@ -328,7 +362,9 @@ def _kind_of(keys: Mapping[str, typing.Any]) -> str:
 
 def _rope_json(keys: Mapping[str, typing.Any]) -> Values:
     out: Values = dict(rope_theta=keys["rope_theta"], rope_scaling=None)
-    if keys["post_norms"] and keys["qk_norm"]:
+    if keys["rotary_dim"]:
+        out |= dict(partial_rotary_factor=keys["rotary_dim"] / keys["head_dim"])
+    elif keys["post_norms"] and keys["qk_norm"]:
         out |= dict(rope_local_base_freq=keys["rope_theta_local"] or keys["rope_theta"])
     if scaling := keys["rope_scaling"]:
         scaling = dict(scaling)

@@ -105,7 +105,7 @@ def companions(folder: pathlib.Path) -> dict[str, pathlib.Path | str]:
 def as_theirs(params: PyTree, model: ModelConfig) -> tuple[PyTree, ModelConfig]:
     """The same function in words that transformers has: it scales embeddings in Gemma alone, so elsewhere sqrt(D) goes into
     the table, and a head that was tied to it gets its own."""
-    if not model.scale_embeddings or model.post_norms:
+    if not model.scale_embeddings or (model.post_norms and not model.rotary_dim):
         return params, model
     head = params["embed"].T if model.tie_embeddings else params["unembed"]
     scaled = params["embed"] * np.asarray(model.hidden_size**0.5, params["embed"].dtype)
@@ -145,12 +145,19 @@ def _with_dtype(config: Mapping[str, typing.Any], dtype: str) -> dict[str, typin
 def _tensors(params: PyTree, export: Export, dtype: str, on_tensor: OnTensor) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors by name in the order of ``export.sizes``; a layer of a parameter is on the host at a time."""
     leaves, count = by_path(params), itertools.count(1)
+    parts: list[np.ndarray] = []  # of a tensor that holds several parameters, which follow each other
     of_layer = lambda pair: (pair[0], pair[1].place[:1])
     for (path, layer), pairs in itertools.groupby(hf_names.in_order(export.plan), of_layer):
         whole = processes.to_host(leaves[path][layer] if layer else leaves[path])
         for _, piece in pairs:
-            on_tensor(next(count), len(export.sizes))
-            yield piece.name, piece.tensor.to_theirs(whole[piece.place[1:]]).astype(numpy_dtype(dtype), copy=False)
+            part = piece.tensor.to_theirs(whole[piece.place[1:]]).astype(numpy_dtype(dtype), copy=False)
+            which, number = piece.tensor.rows
+            assert which == len(parts), "parts out of order"
+            parts = [*parts, part]
+            if len(parts) == number:
+                on_tensor(next(count), len(export.sizes))
+                yield piece.name, np.concatenate(parts) if number > 1 else part
+                parts = []
     for name in export.towers:
         assert export.source is not None
         on_tensor(next(count), len(export.sizes))

@@ -19,9 +19,11 @@ from rl_reason.sharding import by_path
 class Tensor(typing.NamedTuple):
     """A tensor's name, and how its axes are made of those of a parameter, or of one layer or expert of it."""
 
-    name: str  # {i} is the layer, {e} the expert
+    name: str  # {e} is the expert
     ours: str
     theirs: str
+    rows: tuple[int, int] = (0, 1)  # which of how many parameters that lie above each other in the tensor
+    turned: int = 0  # the first channels of a head (h, ours's last axis), in pairs that lie side by side: GLM's order
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape for a (piece of a) parameter's."""
@@ -31,13 +33,27 @@ class Tensor(typing.NamedTuple):
     def to_ours(self, x: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """The tensor as a view in our layout."""
         sizes, order = dict(zip(self.ours, ours, strict=True)), self.theirs.replace(" ", "")
-        return x.reshape([sizes[axis] for axis in order]).transpose([order.index(axis) for axis in self.ours])
+        view = x.reshape([sizes[axis] for axis in order]).transpose([order.index(axis) for axis in self.ours])
+        return view[..., halves(self.turned, ours[-1])] if self.turned else view
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """The inverse; contiguous."""
         order = self.theirs.replace(" ", "")
-        turned = x.transpose([self.ours.index(axis) for axis in order])
+        turned = self.channels_to_theirs(x).transpose([self.ours.index(axis) for axis in order])
         return np.ascontiguousarray(turned).reshape(self.shape(x.shape))
+
+    def channels_to_theirs(self, x: np.ndarray) -> np.ndarray:
+        """The last axis, a head's channels where some turn, in their order."""
+        return x[..., np.argsort(halves(self.turned, x.shape[-1]))] if self.turned else x
+
+
+def halves(turned: int, size: int) -> np.ndarray:
+    """Where the channels of a head are in GLM's order: first those that begin a pair, then those that end one.
+
+    >>> halves(4, 6).tolist()
+    [0, 2, 1, 3, 4, 5]
+    """
+    return np.r_[0:turned:2, 1:turned:2, turned:size]
 
 
 HEAD = "lm_head.weight"
@@ -72,6 +88,16 @@ POST_NORMS = {
     "mlp_norm/scale": Tensor("pre_feedforward_layernorm.weight", "D", "D"),
     "mlp_post_norm/scale": Tensor("post_feedforward_layernorm.weight", "D", "D"),
 }
+# What turns part of a head is a GLM: "glm", or "glm4" with norms after attention and feed-forward too.
+GLM = {
+    "mlp/gate/kernel": Tensor("mlp.gate_up_proj.weight", "DF", "F D", rows=(0, 2)),
+    "mlp/up/kernel": Tensor("mlp.gate_up_proj.weight", "DF", "F D", rows=(1, 2)),
+}
+GLM_TURNED = ("attention/q/", "attention/k/")
+GLM_POST_NORMS = {
+    "attention_post_norm/scale": Tensor("post_self_attn_layernorm.weight", "D", "D"),
+    "mlp_post_norm/scale": Tensor("post_mlp_layernorm.weight", "D", "D"),
+}
 # A mixture without norms on queries and keys is a Mixtral.
 MIXTRAL = {
     "moe/router": Tensor("block_sparse_moe.gate.weight", "DE", "E D"),
@@ -82,18 +108,18 @@ MIXTRAL = {
 # How transformers 5 holds experts in memory, and writes them when it is told not to take them apart: [E, gate above up, D].
 FUSED = {
     "moe/router": LAYER["moe/router"],
-    "moe/gate": Tensor("mlp.experts.gate_up_proj", "DF", "F D"),
-    "moe/up": Tensor("mlp.experts.gate_up_proj", "DF", "F D"),
+    "moe/gate": Tensor("mlp.experts.gate_up_proj", "DF", "F D", rows=(0, 2)),
+    "moe/up": Tensor("mlp.experts.gate_up_proj", "DF", "F D", rows=(1, 2)),
     "moe/down": Tensor("mlp.experts.down_proj", "FD", "D F"),
 }
-ROWS = {"moe/gate": (0, 2), "moe/up": (1, 2), "moe/down": (0, 1)}  # which of how many that lie above each other
+EXPERTS = ("moe/gate", "moe/up", "moe/down")
 # Where the language model is: in a checkpoint of its own, or beside towers, as 4.5x and 5.x name it.
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 HEADS = {"language_model.model.": f"language_model.{HEAD}"}
 
 
 class Piece(typing.NamedTuple):
-    """A tensor, or a part of a fused one, and its place in a stacked parameter: (), (layer,) or (layer, expert)."""
+    """A tensor or its part of one that holds several; its place in a stacked parameter: (), (layer,) or (layer, expert)."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
@@ -105,10 +131,18 @@ class Piece(typing.NamedTuple):
 Plan = dict[str, list[Piece]]  # the pieces of each parameter, by its path
 
 
+def of_layer(model: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of one layer, by the paths of its parameters."""
+    named = LAYER | ({} if model.qk_norm else MIXTRAL)
+    if not model.rotary_dim:
+        return named | (POST_NORMS if model.post_norms else {})
+    turned = {path: x._replace(turned=model.rotary_dim) for path, x in named.items() if path.startswith(GLM_TURNED)}
+    return named | turned | GLM | (GLM_POST_NORMS if model.post_norms else {})
+
+
 def plan(shapes: PyTree, model: ModelConfig, prefix: str, fused: bool = False) -> Plan:
     """Every tensor of a model's parameters, whose shapes are given."""
-    named = LAYER | (POST_NORMS if model.post_norms else {}) | ({} if model.qk_norm else MIXTRAL)
-    named |= FUSED if fused else {}
+    named = of_layer(model) | (FUSED if fused else {})
     return {path: list(_pieces(path, leaf.shape, named, prefix, fused)) for path, leaf in by_path(shapes).items()}
 
 
@@ -122,18 +156,19 @@ def _pieces(
         return
     own = path.removeprefix("layers/")
     tensor = named[own]
-    of_expert = own in ROWS
-    whole = tensor.shape(shape[1 + of_expert :])
+    of_expert = own in EXPERTS
+    of_one = tensor.shape(shape[1 + of_expert :])
+    which, count = tensor.rows
+    whole = (count * of_one[0], *of_one[1:])
+    rows = slice(which * of_one[0], (which + 1) * of_one[0])
     for i in range(shape[0]):
         name = f"{prefix}layers.{i}.{tensor.name}"
         if not of_expert:
-            yield Piece(name, whole, (), (i,), tensor)
+            yield Piece(name, whole, (rows,) if count > 1 else (), (i,), tensor)
             continue
         for e in range(shape[1]):
             if fused:
-                (which, count), (rows, columns) = ROWS[own], whole
-                part = (e, slice(which * rows, (which + 1) * rows))
-                yield Piece(name, (shape[1], count * rows, columns), part, (i, e), tensor)
+                yield Piece(name, (shape[1], *whole), (e, rows), (i, e), tensor)
             else:
                 yield Piece(name.format(e=e), whole, (), (i, e), tensor)
 

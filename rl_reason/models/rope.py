@@ -1,7 +1,8 @@
-"""Rotary positions (arXiv:2104.09864): the pairs (i, i + hd/2) of a head turn by position * frequency_i.
+"""Rotary positions (arXiv:2104.09864): the pairs (i, i + R/2) of a head turn by position * frequency_i.
 
-Frequencies are theta^(-2i/hd), as they are or rescaled for longer rows than a model was trained on. Models in which some
-layers see a window of the row only may turn those by another theta.
+R are the channels that turn, the first of a head or all of it. Frequencies are theta^(-2i/R), as they are or rescaled for
+longer rows than a model was trained on. Models in which some layers see a window of the row only may turn those by another
+theta.
 """
 
 import dataclasses
@@ -63,9 +64,9 @@ class Rotations(typing.NamedTuple):
     local: Rotation | None
 
 
-def frequencies(theta: float, head_dim: int, scaling: RopeScaling | None = None) -> Float[np.ndarray, " half"]:
+def frequencies(theta: float, rotary_dim: int, scaling: RopeScaling | None = None) -> Float[np.ndarray, " half"]:
     """Radians a position, in float64: exact enough for any dtype that follows."""
-    half = head_dim // 2
+    half = rotary_dim // 2
     plain = theta ** (-np.arange(half) / half)
     return plain if scaling is None else scaling(plain)
 
@@ -76,7 +77,7 @@ def rotations(positions: Int[Array, "*r"], config: "ModelConfig") -> Rotations:
 
     def of(theta: float, scaling: RopeScaling | None) -> Rotation:
         angle = positions[..., None, None].astype(dtype) * jnp.asarray(
-            frequencies(theta, config.head_dim, scaling), dtype
+            frequencies(theta, config.rotary_dim or config.head_dim, scaling), dtype
         )
         return Rotation(jnp.sin(angle), jnp.cos(angle))
 
@@ -96,7 +97,8 @@ def of_layer(turns: Rotations, windowed: bool | Bool[Array, ""]) -> Rotation:
 
 
 def rotate(x: Float[Array, "*r heads hd"], by: Rotation) -> Float[Array, "*r heads hd"]:
-    """Turns the pairs (i, i + hd/2): the half-split layout."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
+    """Turns the pairs (i, i + half): the half-split layout. Channels behind them stay as they are."""
+    half = by.sin.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    parts = [a * by.cos - b * by.sin, b * by.cos + a * by.sin]
+    return jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1).astype(x.dtype)

@@ -1,7 +1,7 @@
 """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, a gated feed-forward or a mixture of experts.
 
-Qwen 2 and 3, Llama 3, Gemma 2 and 3, Mixtral and Intern-S1's language models are one function; ``ModelConfig`` says where
-they part. ``configs/models.py`` has their values.
+Qwen 2 and 3, Llama 3, Gemma 2 and 3, GLM-4, InternLM3, Mixtral and Intern-S1's language models are one function;
+``ModelConfig`` says where they part. ``configs/models.py`` has their values.
 
 Parameters are always stored stacked, [L, ...], and applied either by ``lax.scan`` or by a Python loop over layers. One
 ``Block`` serves training, prefill and decoding: what differs is the ``attend`` function it is given.
@@ -63,6 +63,7 @@ class ModelConfig:
     final_soft_cap: float  # the same of logits
     rope_scaling: RopeScaling | None  # of layers without a window
     rope_theta_local: float  # of layers with a window; 0: rope_theta
+    rotary_dim: int  # channels of a head that turn, its first; 0: all
     window: int  # positions that a token sees, its own included; 0: all
     full_every: int  # with a window, each so-many-th layer sees all; 0: none does
     max_position: int  # the longest row the model is meant for; 0: any
@@ -77,6 +78,10 @@ class ModelConfig:
             raise ValueError(f"model.num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}.")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs.")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim < self.head_dim:
+            raise ValueError(
+                f"model.rotary_dim={self.rotary_dim} must be even and below head_dim={self.head_dim}; 0 is all of a head."
+            )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(f"model.experts_per_token={self.experts_per_token} is not in 1..{self.num_experts}.")
         for key, known in (("activation", ACTIVATIONS), ("remat", REMAT)):

@@ -32,6 +32,7 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=100.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+HALF = dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)
 SOFT = dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0)
 # Their configuration's name, and what differs from the shapes above.
 FAMILIES = {
@@ -45,6 +46,14 @@ FAMILIES = {
     ),
     "llama3": ("Llama", dict(head_dim=HEAD_DIM, rope_parameters=LLAMA3)),
     "mixtral": ("Mixtral", dict(head_dim=HEAD_DIM, num_local_experts=EXPERTS, sliding_window=None, **MOE)),
+    "glm": ("Glm", dict(head_dim=HEAD_DIM, rope_parameters=HALF)),
+    "glm4": ("Glm4", dict(head_dim=HEAD_DIM, rope_parameters=HALF | dict(partial_rotary_factor=0.25))),
+    "glm4 without biases": ("Glm4", dict(head_dim=HEAD_DIM, attention_bias=False, rope_parameters=HALF)),
+    # InternLM3: rows are within max_position_embeddings, where this is no scaling.
+    "dynamic": (
+        "Llama",
+        dict(head_dim=HEAD_DIM, rope_parameters=dict(rope_type="dynamic", rope_theta=1e3, factor=6.0)),
+    ),
     "gemma2": (
         "Gemma2",
         dict(head_dim=HEAD_DIM, sliding_window=WINDOW, query_pre_attn_scalar=11, tie_word_embeddings=True, **SOFT),

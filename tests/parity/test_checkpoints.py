@@ -149,6 +149,50 @@ def test_towers_stay(family, tmp_path):
     assert_same_weights(load(type(model), tmp_path / "ours"), model)
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_internlm3(biases, tmp_path):
+    # Their Llama's tensors under the published config.json. InternLM3 may have biases on queries, keys and values alone.
+    import torch
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    rope = dict(rope_type="dynamic", rope_theta=1000.0, factor=6.0)
+    sizes = dict(vocab_size=61, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(head_dim=24, intermediate_size=80, max_position_embeddings=64)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, attention_bias=biases, rope_parameters=rope, initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_() if "o_proj" not in name else parameter.zero_()
+    model.save_pretrained(tmp_path / "theirs")
+    file, absent = tmp_path / "theirs/model.safetensors", "o_proj.bias"
+    tensors = {name: x for name, x in load_file(file).items() if not name.endswith(absent)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    published = dict(architectures=["InternLM3ForCausalLM"], model_type="internlm3", qkv_bias=biases, bias=False)
+    published |= sizes | dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000, tie_word_embeddings=False)
+    published |= dict(rope_scaling=dict(rope_type="dynamic", factor=6.0))
+    (tmp_path / "theirs/config.json").write_text(json.dumps(published))
+
+    ours, loaded = read(tmp_path / "theirs")
+    assert ours.qkv_bias == biases and ours.rope_scaling is None
+    tokens, valid = rows(extra=2)
+    got = our_logits(loaded.params, ours, tokens, valid)
+    assert_near(got[valid], logits(model, tokens, valid)[valid])
+
+    hf_export.write(tmp_path / "ours", loaded.params, ours, dtype="float32", like=tmp_path / "theirs")
+    written = load_file(tmp_path / "ours/model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], x) for name, x in tensors.items())
+    assert hf_config.read_json(tmp_path / "ours/config.json")["model_type"] == "internlm3"
+    # Without its config.json it is a Llama, or with such biases a Qwen2.
+    got = exported_logits(tmp_path / "plain", ours, loaded.params, tokens, valid)
+    assert_near(got[valid], logits(model, tokens, valid)[valid])
+    if not biases and hasattr(transformers, "InternLM3Config"):
+        assert_same_weights(load(transformers.AutoModelForCausalLM, tmp_path / "ours"), model)
+
+
 def edit(path, **changes):
     path.write_text(json.dumps(hf_config.read_json(path) | changes))
 

@@ -42,7 +42,7 @@ PUBLISHED = {
     "Qwen2.5-32B": (32.5e9, 32.5e9),
     "Llama-3.1-8B": (8.03e9, 8.03e9),
     "internlm3-8b-instruct": (8.8e9, 8.8e9),
-    "glm-4-9b-chat": (9.4e9, 9.4e9),
+    "glm-4-9b-chat-hf": (9.4e9, 9.4e9),
     "deepseek-math-7b-instruct": (6.91e9, 6.91e9),  # 30 (4 x 4096^2 + 3 x 4096 x 11008) + 2 x 102400 x 4096
     "Qwen3-30B-A3B-Base": (30.5e9, 3.3e9),
     "Qwen3-235B-A22B": (235e9, 22e9),

@@ -5,8 +5,11 @@ import re
 
 import pytest
 
+from configs import base
 from configs.models import MODELS
+from rl_reason import checks
 from rl_reason.models.hf_config import WeightsError, config_json, model_keys, read_json
+from rl_reason.models.transformer import ModelConfig
 
 QWEN2 = dict(  # as transformers 4.5x writes it; the numbers are Qwen2.5-7B's
     architectures=["Qwen2ForCausalLM"],
@@ -88,6 +91,44 @@ GEMMA3 = dict(  # gemma-3-4b-pt's, which leaves the rest to transformers' defaul
     vision_config=dict(hidden_size=1152, model_type="siglip_vision_model"),
 )
 
+GLM = dict(  # glm-4-9b-chat-hf's
+    architectures=["GlmForCausalLM"],
+    model_type="glm",
+    attention_bias=True,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=13696,
+    max_position_embeddings=131072,
+    num_attention_heads=32,
+    num_hidden_layers=40,
+    num_key_value_heads=2,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1.5625e-07,
+    rope_theta=5000000.0,
+    tie_word_embeddings=False,
+    vocab_size=151552,
+)
+INTERNLM3 = dict(  # internlm3-8b-instruct's
+    architectures=["InternLM3ForCausalLM"],
+    model_type="internlm3",
+    bias=False,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=10240,
+    max_position_embeddings=32768,
+    num_attention_heads=32,
+    num_hidden_layers=48,
+    num_key_value_heads=2,
+    qkv_bias=False,
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(factor=6.0, rope_type="dynamic"),
+    rope_theta=50000000,
+    tie_word_embeddings=False,
+    vocab_size=128512,
+)
+
 
 def without(values, *keys):
     return {key: value for key, value in values.items() if key not in keys}
@@ -95,7 +136,14 @@ def without(values, *keys):
 
 @pytest.mark.parametrize(
     "config, name",
-    [(QWEN2, "Qwen2.5-7B"), (LLAMA, "Llama-3.1-8B"), (QWEN3_MOE, "Qwen3-30B-A3B-Base"), (GEMMA3, "gemma-3-4b-pt")],
+    [
+        (QWEN2, "Qwen2.5-7B"),
+        (LLAMA, "Llama-3.1-8B"),
+        (QWEN3_MOE, "Qwen3-30B-A3B-Base"),
+        (GEMMA3, "gemma-3-4b-pt"),
+        (GLM, "glm-4-9b-chat-hf"),
+        (INTERNLM3, "internlm3-8b-instruct"),
+    ],
 )
 def test_published_files_are_the_presets(config, name):
     assert model_keys(config) == MODELS[name]
@@ -120,6 +168,14 @@ def test_the_spelling_of_transformers_5():
     )
     new = without(text, "rope_scaling") | dict(layer_types=kinds, rope_parameters=ropes)
     assert model_keys(GEMMA3 | dict(text_config=new)) == model_keys(GEMMA3)
+    rope = dict(rope_type="default", rope_theta=5000000.0, partial_rotary_factor=0.5)
+    assert model_keys(without(GLM, "rope_theta", "partial_rotary_factor") | dict(rope_parameters=rope)) == model_keys(
+        GLM
+    )
+    rope = dict(rope_type="dynamic", factor=6.0, rope_theta=50000000.0)
+    new = without(INTERNLM3, "bias", "qkv_bias", "rope_theta", "rope_scaling")
+    new |= dict(architectures=["LlamaForCausalLM"], attention_bias=False, mlp_bias=False, rope_parameters=rope)
+    assert model_keys(new) == model_keys(INTERNLM3)
     moe = without(QWEN3_MOE, "num_experts") | dict(num_local_experts=128)
     assert model_keys(moe) == model_keys(QWEN3_MOE)
 
@@ -127,6 +183,40 @@ def test_the_spelling_of_transformers_5():
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(name):
     assert model_keys(config_json(MODELS[name])) == MODELS[name]
+
+
+def test_glm():
+    # What its config.json may leave unsaid, as transformers' GlmConfig has it; biases as it says; 0414's further norms.
+    unsaid = without(GLM, "head_dim", "attention_bias", "partial_rotary_factor", "rope_theta")
+    assert model_keys(unsaid) == MODELS["glm-4-9b-chat-hf"] | dict(rope_theta=1e4)
+    for bias in (False, True):
+        changes = dict(
+            model_type="glm4", architectures=["Glm4ForCausalLM"], attention_bias=bias, partial_rotary_factor=0.25
+        )
+        keys = model_keys(GLM | changes)
+        assert keys == MODELS["glm-4-9b-chat-hf"] | dict(post_norms=True, qkv_bias=bias, rotary_dim=32)
+        written = config_json(keys)
+        assert {key: written[key] for key in changes} == changes and model_keys(written) == keys
+
+
+def test_internlm3_is_a_llama_or_with_biases_a_qwen2():
+    assert config_json(model_keys(INTERNLM3))["architectures"] == ["LlamaForCausalLM"]
+    biased = model_keys(INTERNLM3 | dict(qkv_bias=True))
+    assert biased == MODELS["internlm3-8b-instruct"] | dict(qkv_bias=True)
+    assert config_json(biased)["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_rows_beyond_dynamic_scaling_are_refused():
+    config = base.get_config()
+    config.model.update(model_keys(INTERNLM3))
+    model = ModelConfig.of(config.model.to_dict())
+    config.rollout.completion_len = 32768 - config.data.max_prompt_len_tokens
+    checks.positions(config, model)
+    config.rollout.completion_len += 1
+    with pytest.raises(
+        ValueError, match=r"together are 32769 tokens, and config\.model\.max_position=32768: shorten them"
+    ):
+        checks.positions(config, model)
 
 
 def test_windows():
@@ -160,8 +250,17 @@ YARN = dict(rope_type="yarn", factor=4.0)
         ),
         (QWEN2, dict(architectures=["Qwen2ForSequenceClassification"]), "there are Gemma2ForCausalLM, "),
         (QWEN2, dict(hidden_act="gelu"), "hidden_act='gelu'; of qwen2 silu can be read"),
-        (QWEN2, dict(rope_scaling=YARN), "rope_type='yarn'; there are default, linear, llama3"),
-        (QWEN2, dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type='dynamic'"),
+        (QWEN2, dict(rope_scaling=YARN), "rope_type='yarn'; there are default, dynamic, linear, llama3"),
+        (
+            GLM,
+            dict(model_type="chatglm", architectures=["ChatGLMModel"]),
+            "model_type='chatglm' cannot be read. This is GLM's older format",
+        ),
+        (GLM, dict(partial_rotary_factor=1.0), "partial_rotary_factor=1.0; of GLM's models RoPE must turn a part"),
+        (GLM, dict(partial_rotary_factor=0.001), "partial_rotary_factor=0.001; of GLM's models RoPE must turn a part"),
+        (LLAMA, dict(partial_rotary_factor=0.5), "of all others whole heads"),
+        (INTERNLM3, dict(bias=True), "bias=True; what can be read has bias=False"),
+        (INTERNLM3, dict(architectures=["InternLM3ForSequenceClassification"]), "is none that can be read"),
         (QWEN2, dict(quantization_config=dict(quant_method="gptq")), "quantization_config={'quant_method': 'gptq'}"),
         (LLAMA, dict(attention_bias=True), "attention_bias=True; what can be read has attention_bias=False"),
         (LLAMA, dict(mlp_bias=True), "mlp_bias=True"),

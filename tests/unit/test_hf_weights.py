@@ -35,6 +35,8 @@ FAMILIES = {
     "qwen3_moe": "Qwen3-30B-A3B-Base",
     "gemma2": "gemma-2-9b",
     "gemma3": "gemma-3-4b-pt",
+    "glm": "glm-4-9b-chat-hf",
+    "glm4": "glm-4-9b-chat-hf",
 }
 REST = dict(dtype="float32", param_dtype="float32", scan_layers=False, scan_decode=False, remat="none")
 
@@ -46,6 +48,8 @@ def tiny(family: str, **changes) -> ModelConfig:
         keys |= dict(num_experts=4, experts_per_token=2)
     if keys["full_every"]:
         keys |= dict(full_every=2)  # of three layers
+    if keys["rotary_dim"]:
+        keys |= dict(rotary_dim=4, post_norms=family == "glm4")
     return ModelConfig.of(keys | changes)
 
 
@@ -109,7 +113,50 @@ def test_tensors_are_torchs():
     np.testing.assert_array_equal(out.to_theirs(ours)[3, 1 * 2 + 0], ours[1, 0, 3])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_pairs_side_by_side():
+    # GLM turns channels (0, 1) and (2, 3) of the first four; ours are (0, 2) and (1, 3), and 4 and 5 stay where they are.
+    for path, x in (
+        ("attention/q/kernel", np.random.default_rng(0).normal(size=(3, 2, 6)).astype(np.float32)),
+        ("attention/k/bias", np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)),
+    ):
+        tensor = hf_names.of_layer(tiny("glm"))[path]
+        theirs = tensor.to_theirs(x)
+        for head in range(2):
+            for ours, their in enumerate([0, 2, 1, 3, 4, 5]):
+                np.testing.assert_array_equal(theirs[head * 6 + their], x[..., head, ours])
+        np.testing.assert_array_equal(tensor.to_ours(theirs, x.shape), x)
+        np.testing.assert_array_equal(tensor.to_theirs(tensor.to_ours(theirs, x.shape)), theirs)
+    same = hf_names.of_layer(tiny("glm"))
+    assert all(same[f"attention/{name}"].turned == 0 for name in ("v/kernel", "v/bias", "out/kernel"))
+
+
+def test_glms_tensors(tmp_path):
+    model = tiny("glm4")
+    params = params_of(model)
+    hf_export.write(tmp_path / "out", params, model, dtype="float32")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    layer = {name.removeprefix("model.layers.1."): x for name, x in tensors.items() if ".layers.1." in name}
+    norms = ("input", "post_self_attn", "post_attention", "post_mlp")
+    assert set(layer) == {
+        *(f"self_attn.{name}_proj.{kind}" for name in "qkv" for kind in ("weight", "bias")),
+        *("self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
+        *(f"{name}_layernorm.weight" for name in norms),
+    }
+    mlp = params["layers"]["mlp"]
+    both = np.concatenate([mlp["gate"]["kernel"][1].T, mlp["up"]["kernel"][1].T])
+    np.testing.assert_array_equal(layer["mlp.gate_up_proj.weight"], both)
+    for name, ours in zip(norms, ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"), strict=True):
+        np.testing.assert_array_equal(layer[f"{name}_layernorm.weight"], params["layers"][ours]["scale"][1])
+
+
+def test_scaled_embeddings_of_a_glm4_go_into_its_table(tmp_path):
+    model = tiny("glm4", scale_embeddings=True)
+    hf_export.write(tmp_path / "out", params_of(model), model, dtype="float32")
+    theirs = hf_weights.read(tmp_path / "out", tiny("glm4")).params
+    np.testing.assert_array_equal(theirs["embed"], 4 * params_of(model)["embed"])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "glm"])
 def test_read_over_four_devices(family, tmp_path):
     model = tiny(family)
     params = params_of(model)

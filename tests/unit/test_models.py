@@ -12,10 +12,22 @@ from rl_reason.models import rope, transformer
 from rl_reason.models import score as score_lib
 from rl_reason.models.attention import causal_attention
 from rl_reason.sampling import make_sampling
-from tests.support import COMPLETION_LEN, EOS, GEMMA, MOE, PAD, tiny_model, tiny_params, tiny_prompts, tiny_rollout
+from tests.support import (
+    COMPLETION_LEN,
+    EOS,
+    GEMMA,
+    GLM,
+    MOE,
+    PAD,
+    tiny_model,
+    tiny_params,
+    tiny_prompts,
+    tiny_rollout,
+)
 
 TOLERANCE = dict(rtol=0, atol=1e-4)  # nats, fp32: decode and teacher-forced shapes round differently
 KINDS = [pytest.param({}, id="dense"), pytest.param(MOE, id="moe"), pytest.param(GEMMA, id="gemma")]
+KINDS += [pytest.param(GLM, id="glm")]
 forward = jax.jit(transformer.forward, static_argnums=3)
 score = jax.jit(score_lib.score, static_argnums=(5, 6))
 
@@ -124,8 +136,8 @@ def test_the_future_is_not_seen(kind):
     assert float(jnp.abs(after[:, 4:] - before[:, 4:]).max(axis=(0, 2)).min()) > 1e-3  # and the present and past are
 
 
-def turned(x, position, head_dim):
-    model = tiny_model(head_dim=head_dim, rope_theta=100.0)
+def turned(x, position, head_dim, **changes):
+    model = tiny_model(head_dim=head_dim, rope_theta=100.0, **changes)
     return rope.rotate(x[None, None], rope.rotations(jnp.array([position]), model).full)[0, 0]
 
 
@@ -145,6 +157,15 @@ def test_rope_by_hand():
     # hd 4, theta 100: frequencies 1 and 100^(-1/2) = 0.1; pairs are (0, 2) and (1, 3). Position 3: angles 3 and 0.3.
     got = turned(jnp.array([1.0, 1.0, 0.0, 0.0]), 3, 4)
     np.testing.assert_allclose(got, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], atol=1e-6)
+
+
+def test_rope_of_a_part_by_hand():
+    # 4 channels of 6 turn, as a head of 4 would: theta 100, frequencies 1 and 0.1, pairs (0, 2) and (1, 3); 4 and 5 stay.
+    got = turned(jnp.array([1.0, 1.0, 0.0, 0.0, 5.0, -6.0]), 3, 6, rotary_dim=4)
+    np.testing.assert_allclose(got, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3), 5, -6], atol=1e-6)
+    # And 2 of 4: one pair, (0, 1), of frequency 1. (1, 2) turned by 3 is (cos 3 - 2 sin 3, 2 cos 3 + sin 3).
+    got = turned(jnp.array([1.0, 2.0, 3.0, 4.0]), 3, 4, rotary_dim=2)
+    np.testing.assert_allclose(got, [np.cos(3) - 2 * np.sin(3), 2 * np.cos(3) + np.sin(3), 3, 4], atol=1e-6)
 
 
 def test_rope_scalings_by_hand():
@@ -224,6 +245,9 @@ def test_parameter_counts():
     [
         (dict(num_kv_heads=3), r"num_heads=4 is no multiple of num_kv_heads=3"),
         (dict(head_dim=5), r"head_dim=5 must be even"),
+        (dict(rotary_dim=3), r"rotary_dim=3 must be even and below head_dim=4; 0 is all of a head"),
+        (dict(rotary_dim=4), r"rotary_dim=4 must be even and below"),
+        (dict(rotary_dim=-2), r"rotary_dim=-2 must be even"),
         (dict(num_experts=4, experts_per_token=5), r"experts_per_token=5 is not in 1\.\.4"),
         (dict(num_experts=4, experts_per_token=0), r"experts_per_token=0 is not in 1\.\.4"),
         (dict(activation="relu"), r"activation='relu'; there are silu, gelu_tanh"),
