@@ -118,7 +118,9 @@ def get_config(arg: str = "") -> Config:
         num_prompts=1024,  # training prompts that are answered; each gives at most one pair
         num_samples=4,  # responses of the policy to each
         num_other_samples=2,  # of each other model
-        models=(),  # the others: dict(name, seed_offset, model, warmup); what differs from the policy's own config
+        # The others: dict(name, seed_offset, model, warmup), what differs from the policy's own config; and weights of one
+        # that begins with a checkpoint of the same tokenizer, whose config.json is its model.
+        models=(),
         prompts_per_call=256,  # answered at a time, which bounds memory
         judge=dict(noise_std=1.0, failure_rate=0.0),  # a stand-in for a judge: the oracle's 1..10, and noise
         instructions=config_dict.placeholder(ml_collections.ConfigDict),  # which prompts to keep; None: all

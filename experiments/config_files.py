@@ -90,6 +90,13 @@ def settled(config: Config, asked: Mapping[str, typing.Any]) -> Config:
             keys = _keys_of_weights(own.weights, f"config.cohort.{name}.weights")
             with own.unlocked():
                 own.model = {**own.get("model", {}), **keys}
+    models = []
+    for number, entry in enumerate(config.preference.models):
+        if entry.get("weights"):
+            keys = _keys_of_weights(entry["weights"], f"config.preference.models[{number}].weights")
+            entry = dict(entry, model={**entry.get("model", {}), **keys})
+        models.append(entry)
+    config.preference.models = tuple(models)
     return config
 
 

@@ -17,7 +17,7 @@ from rl_reason.loop.preference import PreferenceSetting
 from rl_reason.slots import Slot
 
 POLICY = "policy"  # what responses of the model that is to be trained are signed with
-CHANGES = {"name", "seed_offset", "model", "warmup"}  # of config.preference.models
+CHANGES, OPTIONAL = {"name", "seed_offset", "model", "warmup"}, {"weights"}  # of config.preference.models
 _PAIR_ARRAYS = ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs")
 
 
@@ -88,17 +88,24 @@ def other_configs(config: Config) -> dict[str, Config]:
     found: dict[str, Config] = {}
     for number, given in enumerate(() if config.preference.files else config.preference.models):
         entry, where = dict(given), f"config.preference.models[{number}]"
-        if set(entry) != CHANGES:
-            raise ValueError(f"{where} has keys {sorted(entry)}; it takes exactly {sorted(CHANGES)}.")
+        if set(entry) - OPTIONAL != CHANGES:
+            raise ValueError(
+                f"{where} has keys {sorted(entry)}; it takes exactly {sorted(CHANGES)}, and weights where it begins with a "
+                "checkpoint."
+            )
         if not str(entry["name"]).isidentifier() or entry["name"] in (POLICY, *found):
             raise ValueError(
                 f"{where}.name={entry['name']!r}: names are distinct identifiers, and {POLICY!r} is the trained model."
             )
         other = config.copy_and_resolve_references()
         other.loop, other.seed = "supervised", config.seed + entry["seed_offset"]
-        if entry["model"]:
-            other.weights = ""  # they are of the policy's model
-        for section in ("model", "warmup"):
+        other.supervised.row_len_tokens = config.data.max_prompt_len_tokens + config.rollout.completion_len
+        weights = entry.get("weights", "")
+        if weights or entry["model"]:
+            other.weights = weights  # config.weights are of the policy's model
+        if weights:
+            other.model.update(entry.pop("model"))
+        for section in [section for section in ("model", "warmup") if section in entry]:
             for key, value in entry[section].items():
                 if key not in other[section]:
                     hint = slots.did_you_mean(key, other[section])

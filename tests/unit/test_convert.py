@@ -167,6 +167,30 @@ def test_weights_settle_the_model(checkpoint):
         settled("nowhere")
 
 
+def test_other_models_of_a_preference_run_have_their_own(checkpoint, tmp_path):
+    config = load_config("air")
+    entry = dict(name="read", seed_offset=1, model={}, warmup=dict(num_steps=0), weights=str(checkpoint))
+    trained = dict(name="made", seed_offset=2, model=dict(num_layers=1), warmup=dict(num_steps=2))
+    config.preference.models = (entry, trained)
+    experiment = build.build(config_files.settled(config, {}), one_device())
+    read, made = experiment.others["read"], experiment.others["made"]
+    assert read.parts.model == tiny("qwen3", vocab_size=VOCAB) and experiment.parts.model.num_layers != 3
+    assert made.config.weights == "" and made.parts.model.num_layers == 1
+    assert_same(warmup.initial(read).params, params_of(read.parts.model))
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    (other / "tokenizer.model").unlink()
+    config.preference.models = (entry | dict(weights=str(other)),)
+    with pytest.raises(ValueError, match=r"config.preference.models: 'read' begins with '.*other': .*tokenizer"):
+        build.build(config, one_device())
+    config.preference.models = (entry | dict(weights="nowhere"),)
+    with pytest.raises(
+        WeightsError, match=r"config.preference.models\[0\].weights='nowhere': nowhere/config.json: no such"
+    ):
+        config_files.settled(config, {})
+
+
 def test_policies_of_a_cohort_have_their_own(checkpoint):
     config = load_config("rlccf")
     name = next(iter(config.cohort))
