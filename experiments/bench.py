@@ -1,9 +1,10 @@
 """python -m experiments.bench [--config=clipcov.py] [--config.key=value ...] [--out=FILE.json] [--quick]
-    [--model=NAME] [--full_prompts] [--alone]
+    [--model=NAME] [--full_prompts] [--alone] [--profile=DIR]
 
 How fast the loop is on this machine: rollout, update and step, compiling, memory, shares of what the machine can do at
 best; the compiled loop against a host loop on the same weights; slot refill against lock-step batches. Weights are
-random, so nearly all completions run to their limit. --model gives the config a published model's shapes.
+random, so nearly all completions run to their limit. --model gives the config a published model's shapes. --profile
+says which kernels took the time, and leaves a trace for XProf or Perfetto.
 """
 
 import os
@@ -23,8 +24,10 @@ _QUICK = flags.DEFINE_bool("quick", False, "Fewer repeats and shorter measuremen
 _MODEL = flags.DEFINE_string("model", None, "A model of configs/models.py, whose shapes replace config.model's.")
 _FULL = flags.DEFINE_bool("full_prompts", False, "Prompts all as long as data.max_prompt_len_tokens lets them be.")
 _ALONE = flags.DEFINE_bool("alone", False, "Neither the host loop nor lock-step batches beside it.")
+_PROFILE = flags.DEFINE_string("profile", None, "A folder for traces of a rollout and an update, told by kernel too.")
 _REPEATS = flags.DEFINE_integer("repeats", None, "Timed runs of each program at least; default 5, with --quick 2.", 1)
 DEFAULT_CONFIG = "clipcov.py"
+SHOWN = 12  # kernels of a profile; the JSON has all
 
 Record = Mapping[str, typing.Any]
 
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> None:
             quick=_QUICK.value,
             compare=not _ALONE.value,
             full_prompts=_FULL.value,
+            trace=pathlib.Path(_PROFILE.value) if _PROFILE.value else None,
             say=display.info,
         )
     except (ValueError, OSError) as error:
@@ -198,6 +202,26 @@ def print_bench(display: typing.Any, record: Record) -> None:
         display.warn(
             f"load average {machine['load_average']:.1f} at the start: others use this machine, times are too long"
         )
+    display.console.print(table)
+    for name, profile in record.get("profile", {}).items():
+        print_profile(display, name, profile)
+
+
+def print_profile(display: typing.Any, name: str, profile: Record) -> None:
+    """The kernels of a traced call that took most of it, at most 80 columns wide."""
+    import rich.box
+    import rich.table
+    import rich.text
+
+    box = rich.box.SIMPLE_HEAD if display.unicode else rich.box.ASCII2
+    table = rich.table.Table(box=box, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False, width=80)
+    table.add_column(f"{name}, {profile['seconds']:.3g} s, {percent(profile['busy'])} busy", no_wrap=True, ratio=1)
+    for column in ("ms", "share", "calls"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for kernel in profile["kernels"][:SHOWN]:
+        share = percent(kernel["seconds"] / profile["seconds"])
+        table.add_row(rich.text.Text(kernel["name"]), f"{1e3 * kernel['seconds']:.4g}", share, str(kernel["count"]))
+    display.console.print()
     display.console.print(table)
 
 

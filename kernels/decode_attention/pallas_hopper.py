@@ -205,6 +205,7 @@ def decode_attention(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         interpret=interpret,
+        kernel_name="decode_attention",
     )(
         jnp.asarray(scale, jnp.float32).reshape(1) * (LOG2E if soft_cap is None else 1 / soft_cap),
         one(layer),

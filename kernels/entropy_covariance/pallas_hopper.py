@@ -213,6 +213,7 @@ def _partials(walk, static, hidden, unembedding, targets, temperature):
         ),
         stages=STAGES,
         approximate=soft_cap is None,
+        name="token_statistics",
         interpret=interpret,
     )
 
@@ -264,6 +265,7 @@ def _cotangent(static, hidden, weight, targets, row_values, temperature, start):
         ),
         stages=STAGES - 1,
         approximate=soft_cap is None,
+        name="token_statistics_gradient",
         interpret=interpret,
     )
     return out[:num_rows]
@@ -279,7 +281,7 @@ def _whole_units(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % UNIT)])
 
 
-def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages, approximate, interpret):
+def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages, approximate, name, interpret):
     """A kernel that calls ``visit(place, step, product, *operands, out, *own scratch) -> step`` along ``walk``.
 
     ``visit`` runs in each warpgroup that computes, for its ROWS rows, and calls ``product(step) -> (raw, step)`` once
@@ -384,6 +386,7 @@ def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages,
             approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret,
+        kernel_name=name,
     )
     with jax.enable_x64(False):  # indices are of 32 bits
         return call(hidden, weight, *operands)

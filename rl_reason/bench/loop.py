@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import typing
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from rl_reason import build, processes
 from rl_reason.bench import counts
 from rl_reason.bench.host_loop import HostLoop
+from rl_reason.bench.profile import profile
 from rl_reason.bench.setting import Bench, Record, lengths_of, same_tokens, shares
 from rl_reason.bench.timing import Program, compiled, interleaved, median
 from rl_reason.loop import chunk as chunk_lib
@@ -104,11 +106,22 @@ def measure_loop(bench: Bench, rates: Record) -> Record:
     seconds = time_parts(bench, p, host)
     programs = {"rollout": p.draw, "verify": p.judge, "update": p.learn, "step": p.fused}
     record = loop_record(bench, rates, p.rollout, int(p.decode_steps), seconds)
+    if bench.trace is not None:
+        bench.say(f"tracing them into {bench.trace}")
+        record["profile"] = trace_parts(bench, p, bench.trace)
     record["programs"] = {name: program.record() for name, program in programs.items()}
     if host is not None:
         by_host, calls = host(bench.params, bench.prompts, bench.rollout_key, bench.experiment.sampling)
         record["host_loop"] = compare_host(seconds, p.rollout, by_host, calls) | {"rows_at_a_time": slots.num_slots}
     return record
+
+
+def trace_parts(bench: Bench, p: Programs, folder: pathlib.Path) -> dict[str, Record]:
+    """Rollout and update, a call of each."""
+    state, sampling = bench.new_state(), bench.experiment.sampling
+    rollout = lambda: p.draw.call(state, p.prompts, sampling)
+    update = lambda: p.learn.call(state, p.prompts, p.rollout, p.verdicts, p.decode_steps, sampling)
+    return profile(folder, dict(rollout=rollout, update=update))
 
 
 def lock_step_slots(rollout: Rollout, bench: Bench) -> RolloutConfig:

@@ -1,6 +1,7 @@
 """The benchmark: everything that is measured of one config, as one record."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -22,12 +23,14 @@ def measure(
     quick: bool = False,
     compare: bool = True,
     full_prompts: bool = False,
+    trace: pathlib.Path | None = None,
     devices: list | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Record:
     """Everything, as one JSON-able record. Times are lists of seconds, rates are of their medians.
 
     Without ``compare`` there is neither host loop nor lock step. ``full_prompts``: as long as prompts may be.
+    ``trace``: a folder for a profile of a rollout and an update.
 
     Raises:
         ValueError: what ``build`` refuses.
@@ -41,7 +44,7 @@ def measure(
         prompts = draw_prompts(experiment, experiment.parts.plan.prompts_drawn, full_prompts)
         params = build.init_params(experiment)
         verify, at_least_s = make_verify(experiment), 2.0 if quick else 15.0
-        bench = Bench(experiment, params, prompts, verify, repeats, at_least_s, say, compare, full_prompts)
+        bench = Bench(experiment, params, prompts, verify, repeats, at_least_s, say, compare, full_prompts, trace)
         say("measuring matmul and copy rates")
         rates = measure_rates(experiment, quick)
         found = measure_loop(bench, rates)

@@ -13,6 +13,7 @@ from experiments import bench as cli
 from rl_reason.bench import counts, timing
 from rl_reason.bench.host_loop import HostLoop
 from rl_reason.bench.measure import measure
+from rl_reason.bench.profile import Event, summary
 from rl_reason.bench.refill import MEAN_FRACTION, NO_EOS, lock_step, lognormal_lengths
 from rl_reason.bench.setting import draw_prompts
 from rl_reason.build import build
@@ -35,6 +36,25 @@ def test_matmul_params_are_all_but_norms_and_the_lookup(changes):
     rest += 0 if model.tie_embeddings else weights.head
     assert model.num_layers * weights.layer + weights.head == total - rest
     assert model.num_layers * weights.layer_active + weights.head == active - rest
+
+
+def test_a_profile_by_hand():
+    # Thread a: a loop of 100 ns with bodies of 30 and 20 inside it, of which the second calls 5; so 50 are its own. Two
+    # kernels overlap it, and each other from 90 to 95: of those nothing is taken off. Nothing runs from 110 to 140.
+    events = [
+        Event("a", "while.3", 0, 100),
+        Event("a", "fusion.1", 10, 30),
+        Event("a", "fusion_2", 50, 20),
+        Event("a", "dot", 55, 5),
+        Event(None, "fusion", 60, 35),
+        Event(None, "dot.12.1", 90, 20),
+        Event(None, "sort", 140, 10),
+    ]
+    found = summary(events)
+    assert found["seconds"] == pytest.approx(150e-9) and found["busy"] == pytest.approx(120 / 150)
+    kernels = {kernel["name"]: (round(1e9 * kernel["seconds"]), kernel["count"]) for kernel in found["kernels"]}
+    assert kernels == {"fusion": (80, 3), "while": (50, 1), "dot": (25, 2), "sort": (10, 1)}
+    assert [kernel["name"] for kernel in found["kernels"]] == ["fusion", "while", "dot", "sort"]
 
 
 def test_rollout_work_by_hand():
@@ -182,13 +202,13 @@ KEYS = {
 }
 
 
-def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch):
+def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "matmul_rate", lambda dtype, s: {"flops_per_s": 1e11, "dtype": dtype, "seconds": []})
     monkeypatch.setattr(timing, "copy_rate", lambda s, megabytes: {"bytes_per_s": 1e10, "seconds": []})
     config = load_config("clipcov")
     config.model.update(num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=16)
     config.rollout.update(completion_len=8, num_slots=16)
-    record = {"config": "tiny", **measure(config, repeats=1, quick=True, devices=one_device())}
+    record = {"config": "tiny", **measure(config, repeats=1, quick=True, trace=tmp_path, devices=one_device())}
     for section, keys in KEYS.items():
         assert keys <= set(record[section]), section
     assert record["host_loop"]["same_tokens_fraction"] == 1.0
@@ -203,6 +223,9 @@ def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch):
     cli.print_bench(Display(), record)
     printed = capsys.readouterr().out
     assert "slot refill" in printed and "compiled loop" in printed
+    for name, profile in record["profile"].items():
+        assert list((tmp_path / name).rglob("*.xplane.pb")) and f"{name}, {profile['seconds']:.3g} s" in printed
+        assert 0 < profile["busy"] <= 1 and profile["kernels"][0]["count"] > 0
     assert max(map(len, printed.splitlines()[2:])) <= 110
 
     alone = {key: value for key, value in record.items() if key not in ("host_loop", "refill")}
