@@ -56,24 +56,29 @@ def main(argv: list[str]) -> None:
     from rl_reason.report.files import to_json, write_atomic
 
     name = config_files.name_of(config_files.resolved(with_default_config(sys.argv)))
+    out = pathlib.Path(_OUT.value or f"bench-{name}.json")
     display = Display()
+
+    def tell(record: Record) -> None:
+        write_atomic(out, to_json({"config": name, **record}, indent=1) + "\n")
+        print_bench(display, {"config": name, **record})
+
     try:
-        repeats = _REPEATS.value or (2 if _QUICK.value else 5)
         record = measure(
             config,
-            repeats=repeats,
+            repeats=_REPEATS.value or (2 if _QUICK.value else 5),
             quick=_QUICK.value,
             compare=not _ALONE.value,
             full_prompts=_FULL.value,
             trace=pathlib.Path(_PROFILE.value) if _PROFILE.value else None,
+            tell=tell,
             say=display.info,
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    record = {"config": name, **record}
-    out = pathlib.Path(_OUT.value or f"bench-{name}.json")
-    write_atomic(out, to_json(record, indent=1) + "\n")
-    print_bench(display, record)
+    write_atomic(out, to_json({"config": name, **record}, indent=1) + "\n")
+    for part, profile in record.get("profile", {}).items():
+        print_profile(display, part, profile)
     display.info(str(out))
 
 
@@ -203,8 +208,6 @@ def print_bench(display: typing.Any, record: Record) -> None:
             f"load average {machine['load_average']:.1f} at the start: others use this machine, times are too long"
         )
     display.console.print(table)
-    for name, profile in record.get("profile", {}).items():
-        print_profile(display, name, profile)
 
 
 def print_profile(display: typing.Any, name: str, profile: Record) -> None:

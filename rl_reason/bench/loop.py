@@ -96,19 +96,14 @@ def time_parts(bench: Bench, p: Programs, host: HostLoop | None) -> dict[str, li
     return seconds | {"step": [s / p.steps for s in seconds["step"]]}
 
 
-def measure_loop(bench: Bench, rates: Record) -> Record:
+def measure_loop(bench: Bench, rates: Record, p: Programs) -> Record:
     """Everything about one step of training."""
-    bench.say("compiling rollout, update and fused step")
-    p = compile_parts(bench)
     bench.say("timing them, and the host loop" if bench.compare else "timing them")
     slots = lock_step_slots(p.rollout, bench)
     host = HostLoop(bench.experiment.parts.model, slots) if bench.compare else None
     seconds = time_parts(bench, p, host)
     programs = {"rollout": p.draw, "verify": p.judge, "update": p.learn, "step": p.fused}
     record = loop_record(bench, rates, p.rollout, int(p.decode_steps), seconds)
-    if bench.trace is not None:
-        bench.say(f"tracing them into {bench.trace}")
-        record["profile"] = trace_parts(bench, p, bench.trace)
     record["programs"] = {name: program.record() for name, program in programs.items()}
     if host is not None:
         by_host, calls = host(bench.params, bench.prompts, bench.rollout_key, bench.experiment.sampling)
@@ -118,6 +113,7 @@ def measure_loop(bench: Bench, rates: Record) -> Record:
 
 def trace_parts(bench: Bench, p: Programs, folder: pathlib.Path) -> dict[str, Record]:
     """Rollout and update, a call of each."""
+    bench.say(f"tracing them into {folder}")
     state, sampling = bench.new_state(), bench.experiment.sampling
     rollout = lambda: p.draw.call(state, p.prompts, sampling)
     update = lambda: p.learn.call(state, p.prompts, p.rollout, p.verdicts, p.decode_steps, sampling)

@@ -28,10 +28,12 @@ def profile(folder: pathlib.Path, calls: dict[str, Callable[[], typing.Any]]) ->
     Raises:
         ValueError: a trace that lists nothing, as where the profiler cannot read this device.
     """
-    found = {}
+    found, options = {}, jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 2 if jax.default_backend() == "cpu" else 0  # what a CPU runs is the host's
     for name, call in calls.items():
         where = folder / name
-        with jax.profiler.trace(where):
+        with jax.profiler.trace(where, profiler_options=options):
             jax.block_until_ready(call())
         newest = max(where.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
         events = list(_events(jax.profiler.ProfileData.from_file(str(newest)))) if newest else []

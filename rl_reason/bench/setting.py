@@ -1,7 +1,6 @@
 """What the measurements share: an experiment, its weights and prompts, and how a result is told."""
 
 import dataclasses
-import pathlib
 import typing
 from collections.abc import Callable
 
@@ -33,7 +32,6 @@ class Bench:
     say: Callable[[str], None]
     compare: bool = True  # with a host loop and lock-step batches
     full_prompts: bool = False  # as long as prompts may be, in the comparisons too
-    trace: pathlib.Path | None = None  # where a profile of rollout and update goes
 
     @property
     def rollout_key(self) -> Key[Array, ""]:

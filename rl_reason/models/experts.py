@@ -180,8 +180,7 @@ def _in_turns(x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
         out = _weighted(x[tokens], weights.reshape(-1)[choices], experts, group_sizes)
         return total.at[tokens].add(out.astype(total.dtype))
 
-    nothing = jnp.zeros_like(x, _wide(x))
-    return jax.lax.fori_loop(jnp.int32(0), turns, add, nothing).astype(x.dtype)
+    return _repeat(turns, add, jnp.zeros_like(x, _wide(x))).astype(x.dtype)
 
 
 def _in_turns_backward(
@@ -203,7 +202,7 @@ def _in_turns_backward(
         )
 
     nothing = jnp.zeros_like(x, _wide(x)), jnp.zeros_like(weights).reshape(-1), jax.tree.map(jnp.zeros_like, experts)
-    d_x, d_weights, d_experts = jax.lax.fori_loop(jnp.int32(0), turns, add, nothing)
+    d_x, d_weights, d_experts = _repeat(turns, add, nothing)
     return d_x.astype(x.dtype), d_weights.reshape(weights.shape), d_experts
 
 
@@ -214,8 +213,13 @@ def _weighted(rows: Array, weights: Array, experts: Experts, group_sizes: Array)
     return grouped_matmul(hidden, experts.down, group_sizes)
 
 
-def _turns(ids: Array, num_experts: int) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+def _repeat(turns: Array | None, add: Callable, total: typing.Any) -> typing.Any:
+    return add(jnp.int32(0), total) if turns is None else jax.lax.fori_loop(jnp.int32(0), turns, add, total)
+
+
+def _turns(ids: Array, num_experts: int) -> tuple[Array | None, Callable[[Array], tuple[Array, Array]]]:
     """How many turns there are, and what a turn takes: so many choices [R], by expert, and how many each expert has of them.
+    None: one has room for all there can be, as while decoding, and needs no loop, whose end a GPU asks its host about.
 
     Choices that an expert of this device is not for come last, in no turn but perhaps at the end of the last one.
     """
@@ -229,7 +233,7 @@ def _turns(ids: Array, num_experts: int) -> tuple[Array, Callable[[Array], tuple
         choices = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
         return choices, jnp.diff(jnp.clip(bounds - i * rows, 0, rows))
 
-    return -(-bounds[-1] // rows), turn
+    return None if rows == num_choices else -(-bounds[-1] // rows), turn
 
 
 def _wide(x: Array) -> jnp.dtype:

@@ -208,7 +208,11 @@ def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch, tmp_path):
     config = load_config("clipcov")
     config.model.update(num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=16)
     config.rollout.update(completion_len=8, num_slots=16)
-    record = {"config": "tiny", **measure(config, repeats=1, quick=True, trace=tmp_path, devices=one_device())}
+    told: list[dict] = []
+    tell = lambda record: told.append(dict(record))
+    record = measure(config, repeats=1, quick=True, trace=tmp_path, tell=tell, devices=one_device())
+    assert told == [{key: value for key, value in record.items() if key != "profile"}]
+    record = {"config": "tiny", **record}
     for section, keys in KEYS.items():
         assert keys <= set(record[section]), section
     assert record["host_loop"]["same_tokens_fraction"] == 1.0
@@ -221,6 +225,8 @@ def test_the_whole_benchmark_on_a_tiny_config(capsys, monkeypatch, tmp_path):
     json.loads(to_json(record))
 
     cli.print_bench(Display(), record)
+    for name, profile in record["profile"].items():
+        cli.print_profile(Display(), name, profile)
     printed = capsys.readouterr().out
     assert "slot refill" in printed and "compiled loop" in printed
     for name, profile in record["profile"].items():
