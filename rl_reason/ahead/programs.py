@@ -22,7 +22,7 @@ from rl_reason.loop.chunk import nothing_yet
 from rl_reason.loop.engine import Fused, Split
 from rl_reason.loop.preference import Pairs
 from rl_reason.models import transformer
-from rl_reason.types import Prompts, TrainState, Verdicts, on_host
+from rl_reason.types import Prompts, Rewards, TrainState, Verdicts, on_host
 
 
 class Program(typing.NamedTuple):
@@ -163,7 +163,8 @@ def _cohort(experiment: build.Experiment) -> Iterator[Program]:
     verdicts = {name: _verdicts(experiment, drawn[name][0]) for name in policies}
     for name in policies:
         rollout, decode_steps, _ = drawn[name]
-        rewards = verdicts[name].score
+        of = verdicts[name]
+        rewards = on_host(Rewards, total=of.score, correct=of.score, valid=of.valid, parts={})
         given = (states[name], prompts, rollout, decode_steps, verdicts[name], rewards, sampling)
         yield Program(f"learn {name}", engine.learn[name], given, states, drawn)
 

@@ -201,7 +201,7 @@ def train_phase(parts: Parts, state: TrainState, selected: Selected, sampling: S
     metrics |= {name: x.max() if name.endswith("_max") else x.mean() for name, x in per_update.items()}
     metrics["actor/skipped_updates"] = per_update["actor/skipped_updates"].sum()
     if parts.token_reward is not None:
-        learned, measured = _learn_token_rewards(parts.token_reward, state, batch)
+        learned, measured = _learn_token_rewards(parts, parts.token_reward, state, batch)
         state, metrics = (
             dataclasses.replace(state, models=state.models | {token_reward.NAME: learned}),
             metrics | measured,
@@ -276,12 +276,13 @@ def _training_rows(
 
 
 def _learn_token_rewards(
-    static: token_reward.TokenReward, state: TrainState, batch: Minibatch
+    parts: Parts, static: token_reward.TokenReward, state: TrainState, batch: Minibatch
 ) -> tuple[dict, Metrics]:
     """The token reward model's own update, from the rows that the policy was trained on."""
     rows = token_reward.Rows(batch.tokens, batch.row_mask, batch.prompt_len)
     kept = batch.completion_mask.any(1)
-    return token_reward.update(static, state.models[token_reward.NAME], rows, batch.correct, kept)
+    pieces = parts.plan.pieces_of(rows.tokens.shape[0])
+    return token_reward.update(static, state.models[token_reward.NAME], rows, batch.correct, kept, pieces)
 
 
 def _score_in_pieces(

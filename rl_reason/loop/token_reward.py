@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from rl_reason.batch import in_pieces
+from rl_reason.batch import in_pieces, split_strided
 from rl_reason.loop.optimizer import init_optimizer, optimizer_step, widened
 from rl_reason.masked import masked_mean
 from rl_reason.models import reward_head
@@ -76,12 +76,26 @@ def update(
     rows: Rows,
     right: Float[Array, " N"],
     learned: Bool[Array, " N"],
+    pieces: int,
 ) -> tuple[dict[str, PyTree], Metrics]:
-    """One optimizer step on these rows; a gradient that is not finite changes nothing."""
-    gradient = jax.value_and_grad(lambda params: loss(static, params, rows, right, learned), has_aux=True)
-    (_, metrics), grads = gradient(state["params"])
-    norm = optax.tree.norm(widened(grads))
+    """One optimizer step on these rows, of which ``pieces`` pass the model one after another: the gradient of the mean over
+    all of them. One that is not finite changes nothing."""
+    params = state["params"]
+    gradient = jax.value_and_grad(lambda params, *own: loss(static, params, *own), has_aux=True)
+    total = jnp.maximum(learned.sum(), 1)
+
+    def add(so_far, piece):
+        (_, metrics), grads = gradient(params, *piece)
+        share = piece[-1].sum() / total
+        found = widened(grads), metrics
+        return jax.tree.map(lambda sum_, x: sum_ + share.astype(x.dtype) * x, so_far, found), None
+
+    zeros = jax.tree.map(
+        jnp.zeros_like, (widened(params), jax.eval_shape(gradient, params, rows, right, learned)[0][1])
+    )
+    (grads, metrics), _ = jax.lax.scan(add, zeros, split_strided((rows, right, learned), pieces))
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     step = functools.partial(optimizer_step, static.optimizer, finite=finite, taken=finite)
-    params, opt_state = step(state["params"], state["opt_state"], grads)
+    params, opt_state = step(params, state["opt_state"], grads)
     return {"params": params, "opt_state": opt_state}, metrics | {"token_reward/grad_norm": norm}

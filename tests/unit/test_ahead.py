@@ -183,8 +183,19 @@ def test_programs_are_the_ones_that_a_step_runs():
 
 @pytest.mark.slow
 def test_each_policy_of_a_cohort_draws_and_learns():
-    cohort = [program.name for program in programs_of_a_cohort()]
-    assert cohort == [f"{word} {name}" for word in ("draw", "learn") for name in ("automata", "differences", "sums")]
+    cohort = programs_of_a_cohort()
+    names = [program.name for program in cohort]
+    assert names == [f"{word} {name}" for word in ("draw", "learn") for name in ("automata", "differences", "sums")]
+    learn = next(program for program in cohort if program.name == "learn sums")
+    learn.function.trace(*learn.arguments)
+
+
+@pytest.mark.slow
+def test_each_policy_of_a_cohort_learns_from_verdicts_of_the_host():
+    config = load_config("rlccf")
+    config.update(verify="split", answer_rule="equivalence")
+    learn = next(x for x in programs.programs(build.build(config, one_device())) if x.name == "learn sums")
+    learn.function.trace(*learn.arguments)
 
 
 def test_a_state_is_counted_by_its_pieces():

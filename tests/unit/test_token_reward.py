@@ -50,7 +50,7 @@ def test_loss_by_hand(state, monkeypatch):
 
 def test_it_learns_to_tell_right_from_wrong(state):
     right, learned = jnp.array([1.0, 0, 1, 0]), jnp.array([True, True, False, True])
-    step = jax.jit(lambda state: token_reward.update(STATIC, state, ROWS, right, learned))
+    step = jax.jit(lambda state: token_reward.update(STATIC, state, ROWS, right, learned, 1))
     losses = []
     for _ in range(40):
         state, metrics = step(state)
@@ -58,7 +58,20 @@ def test_it_learns_to_tell_right_from_wrong(state):
     assert losses[-1] < 0.2 * losses[0] and float(metrics["token_reward/accuracy"]) == 1.0
 
 
+def test_pieces_show_nowhere(state):
+    """Also where one of them has fewer rows to learn from, or none."""
+    right = jnp.array([1.0, 0, 1, 0])
+    for learned in (jnp.array([True, True, False, True]), jnp.array([True, False, True, False])):
+        whole, told = token_reward.update(STATIC, state, ROWS, right, learned, 1)
+        for pieces in (2, 4):
+            got, measured = token_reward.update(STATIC, state, ROWS, right, learned, pieces)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured, told)
+            # Adam's first step is 0.03 along a sign: moments, which are in proportion to the gradient, are compared.
+            close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+            jax.tree.map(close, got["opt_state"], whole["opt_state"])
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(state):
     right = jnp.array([jnp.nan, 0, 1, 0])
-    new, _ = token_reward.update(STATIC, state, ROWS, right, jnp.ones(4, bool))
+    new, _ = token_reward.update(STATIC, state, ROWS, right, jnp.ones(4, bool), 2)
     jax.tree.map(np.testing.assert_array_equal, new, state)
