@@ -59,8 +59,11 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(_OUT.value or f"bench-{name}.json")
     display = Display()
 
-    def tell(record: Record) -> None:
+    def write(record: Record) -> None:
         write_atomic(out, to_json({"config": name, **record}, indent=1) + "\n")
+
+    def tell(record: Record) -> None:
+        write(record)
         print_bench(display, {"config": name, **record})
 
     try:
@@ -76,9 +79,10 @@ def main(argv: list[str]) -> None:
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    write_atomic(out, to_json({"config": name, **record}, indent=1) + "\n")
-    for part, profile in record.get("profile", {}).items():
-        print_profile(display, part, profile)
+    if "profile" in record:
+        write(record)
+        for part, profile in record["profile"].items():
+            print_profile(display, part, profile)
     display.info(str(out))
 
 

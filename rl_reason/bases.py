@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from rl_reason import processes
-from rl_reason.checkpoint import CheckpointError, restore_named, save_tree
+from rl_reason.checkpoint import CheckpointError, restore_part, save_tree
 from rl_reason.models import hf_files, hf_weights
 from rl_reason.models.transformer import ModelConfig
 from rl_reason.report.files import to_json, write_atomic
@@ -44,11 +44,7 @@ def read(directory: pathlib.Path, policy: str, model: ModelConfig, like: PyTree)
         raise CheckpointError(
             f"{directory / ARRAYS} is missing: adapters mean nothing without it. Put it back, or start again."
         )
-    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-    above = (jax.tree_util.DictKey(policy),) if policy else ()
-    wanted = {jax.tree_util.keystr((*above, *path)): leaf for path, leaf in paths}
-    found = restore_named(directory / ARRAYS, wanted)
-    return jax.tree_util.tree_unflatten(treedef, [found[name] for name in wanted])
+    return restore_part(directory / ARRAYS, like, (jax.tree_util.DictKey(policy),) if policy else ())
 
 
 def _noted(file: pathlib.Path, policy: str) -> str:

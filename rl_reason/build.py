@@ -106,7 +106,7 @@ def build(config: Config, devices: list | None = None) -> Experiment:
         pairs = pair_parts.from_config(config, tokenizer, sharding.num_row_shards(mesh))
         others = {name: build(other, devices) for name, other in pair_parts.other_configs(config).items()}
         for name, other in others.items():
-            _check_vocabulary(other.config, name, tokenizer)
+            checks.vocabulary(other.config, name, tokenizer)
     train = make_source_of(config, tokenizer, config.data.train_split, config.data.num_examples)
     heldout = make_source_of(config, tokenizer, "heldout")
     for name in train.verifiers:
@@ -222,22 +222,6 @@ def load_tokenizer(config: Config) -> Tokenizer:
         return tokenizers.load(config.tokenizer, chat)
     except ValueError as error:
         raise ValueError(f"config.tokenizer={config.tokenizer!r}: {error}") from error
-
-
-def _check_vocabulary(config: Config, name: str, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where another model's checkpoint has other tokens than the policy's tokenizer."""
-    if not config.weights:
-        return
-    where = f"config.preference.models: {name!r} begins with {config.weights!r}"
-    try:
-        own = tokenizers.load(config.weights)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if own.piece_bytes != tokenizer.piece_bytes:
-        raise ValueError(
-            f"{where}, whose tokens are not those of config.tokenizer={config.tokenizer!r}, and responses are told apart "
-            "by their token ids. Take a model of the same family."
-        )
 
 
 def make_source_of(config: Config, tokenizer: Tokenizer, split: str, num_examples: int = 0) -> Source:

@@ -145,6 +145,18 @@ def restore_named(path: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
         return checkpointer.restore(path, args=arguments)
 
 
+def restore_part(path: pathlib.Path, like: PyTree, above: tuple = ()) -> PyTree:
+    """What a saved tree has below the tree path ``above``, in the structure, shapes, dtypes and shardings of ``like``.
+
+    Raises:
+        CheckpointError: arrays that are not there, or have other shapes.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    wanted = {jax.tree_util.keystr((*above, *path)): leaf for path, leaf in paths}
+    found = restore_named(path, wanted)
+    return jax.tree_util.tree_unflatten(treedef, [found[name] for name in wanted])
+
+
 def _assert_whole(path: pathlib.Path) -> None:
     """Reads the index of a saved tree. Orbax would for all arrays at once: after one failure it closes its event loop under
     the others, and each of them prints a trace.

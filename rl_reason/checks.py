@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from configs.common import Config
 from rl_reason import aggregation
+from rl_reason.data import tokenizer as tokenizers
 from rl_reason.data.example import SPLITS
 from rl_reason.data.sources import Source
 from rl_reason.data.stream import demonstration_tokens, prompt_tokens, reference_tokens
@@ -131,3 +132,23 @@ def regularisers(given: Mapping[str, typing.Any]) -> None:
     kl = given["kl"]
     if kl is not None and kl["estimator"] not in ("k1", "k2", "k3"):
         raise ValueError(f"config.regularisers.kl.estimator={kl['estimator']!r}; there are k1, k2, k3.")
+
+
+def vocabulary(config: Config, name: str, tokenizer: Tokenizer) -> None:
+    """Another model's checkpoint has the tokens of the policy's tokenizer.
+
+    Raises:
+        ValueError: a tokenizer with others, or none.
+    """
+    if not config.weights:
+        return
+    where = f"config.preference.models: {name!r} begins with {config.weights!r}"
+    try:
+        own = tokenizers.load(config.weights)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if own.piece_bytes != tokenizer.piece_bytes:
+        raise ValueError(
+            f"{where}, whose tokens are not those of config.tokenizer={config.tokenizer!r}, and responses are told apart "
+            "by their token ids. Take a model of the same family."
+        )

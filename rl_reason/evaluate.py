@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from rl_reason import bases, build, learning, processes, sharding
-from rl_reason.checkpoint import CheckpointError, restore_named
+from rl_reason.checkpoint import CheckpointError, restore_part
 from rl_reason.data.example import Example, Source
 from rl_reason.data.stream import prompt_stream, prompt_tokens
 from rl_reason.data.tokenizer import Tokenizer
@@ -232,10 +232,7 @@ def _restore_params(directory: pathlib.Path, step: int, setup: Setup, policy: st
     apart = (lora.BASE,) if setup.lora is not None else ()
     which = () if policy is None else (jax.tree_util.DictKey(policy),)
     in_state = (jax.tree_util.SequenceKey(0), *which, jax.tree_util.GetAttrKey("params"))
-    paths, treedef = jax.tree_util.tree_flatten_with_path(split(whole, apart)[0])
-    wanted = {jax.tree_util.keystr((*in_state, *path)): leaf for path, leaf in paths}
-    found = restore_named(directory / f"step_{step}/state", wanted)
-    params = jax.tree_util.tree_unflatten(treedef, [found[name] for name in wanted])
+    params = restore_part(directory / f"step_{step}/state", split(whole, apart)[0], in_state)
     if not apart:
         return params
     base = bases.read(directory, policy or "", setup.model, lora.base(whole))

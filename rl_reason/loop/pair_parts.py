@@ -98,14 +98,13 @@ def other_configs(config: Config) -> dict[str, Config]:
                 f"{where}.name={entry['name']!r}: names are distinct identifiers, and {POLICY!r} is the trained model."
             )
         other = config.copy_and_resolve_references()
-        other.loop, other.seed = "supervised", config.seed + entry["seed_offset"]
-        other.supervised.row_len_tokens = config.data.max_prompt_len_tokens + config.rollout.completion_len
+        other.loop, other.seed = "rl", config.seed + entry["seed_offset"]  # it draws completions, and no pairs
         weights = entry.get("weights", "")
         if weights or entry["model"]:
             other.weights = weights  # config.weights are of the policy's model
         if weights:
-            other.model.update(entry.pop("model"))
-        for section in [section for section in ("model", "warmup") if section in entry]:
+            other.model.update(entry["model"])  # as its config.json has it
+        for section in ("warmup",) if weights else ("model", "warmup"):
             for key, value in entry[section].items():
                 if key not in other[section]:
                     hint = slots.did_you_mean(key, other[section])

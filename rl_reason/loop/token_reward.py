@@ -87,13 +87,12 @@ def update(
     def add(so_far, piece):
         (_, metrics), grads = gradient(params, *piece)
         share = piece[-1].sum() / total
-        found = widened(grads), metrics
-        return jax.tree.map(lambda sum_, x: sum_ + share.astype(x.dtype) * x, so_far, found), None
+        part = lambda x: share.astype(x.dtype) * x
+        return jax.tree.map(lambda sum_, x: sum_ + part(x), so_far, widened(grads)), jax.tree.map(part, metrics)
 
-    zeros = jax.tree.map(
-        jnp.zeros_like, (widened(params), jax.eval_shape(gradient, params, rows, right, learned)[0][1])
-    )
-    (grads, metrics), _ = jax.lax.scan(add, zeros, split_strided((rows, right, learned), pieces))
+    zeros = widened(jax.tree.map(jnp.zeros_like, params))
+    grads, metrics = jax.lax.scan(add, zeros, split_strided((rows, right, learned), pieces))
+    metrics = {name: x.sum() for name, x in metrics.items()}
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     step = functools.partial(optimizer_step, static.optimizer, finite=finite, taken=finite)
