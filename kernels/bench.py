@@ -8,6 +8,7 @@ why. Beside torch on one GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -26,7 +27,7 @@ from kernels.decode_attention import decode_attention
 from kernels.decode_attention.public import IMPLEMENTATIONS as ATTENTION
 from kernels.entropy_covariance import token_statistics
 from kernels.entropy_covariance.public import IMPLEMENTATIONS as STATISTICS
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels.grouped_matmul.public import IMPLEMENTATIONS as PRODUCTS
 
 AT_LEAST_S = 0.03  # of one clocked batch of calls
@@ -40,11 +41,19 @@ EXPERTS = {
 }
 SKEWS = ("uniform", "dirichlet-0.3", "half-empty", "one")  # of the first; all others are dirichlet-2
 HEADS = {"Qwen3-30B-A3B": (16384, 2048, 151936)}  # tokens, hidden size, vocabulary
-CACHES = {  # layers, rows, positions, query heads, key heads, size of a head
-    "Qwen3-0.6B": (28, 128, 1280, 16, 8, 128),
-    "Qwen2.5-0.5B": (24, 128, 1280, 14, 2, 64),
+CACHES = {  # layers, rows, positions, query heads, key heads, size of a head; prompts that rows share, and their positions
+    "Qwen3-0.6B": (28, 128, 1280, 16, 8, 128, 0, 0),
+    "Qwen2.5-0.5B": (24, 128, 1280, 14, 2, 64, 0, 0),
+    "Qwen3-0.6B, prompts": (28, 256, 512, 16, 8, 128, 16, 256),
+    "Qwen3-0.6B, long prompts": (28, 128, 512, 16, 8, 128, 8, 2048),
+    "Qwen3-30B-A3B, prompts": (48, 128, 512, 32, 4, 128, 8, 1024),
+    "Qwen3-0.6B, prompts of one row": (28, 128, 1024, 16, 8, 128, 128, 256),
 }
-SMALL = ({"small": (4096, 16, 256, 128)}, {"small": (2048, 128, 16384)}, {"small": (2, 64, 128, 4, 2, 32)})
+SMALL = (
+    {"small": (4096, 16, 256, 128)},
+    {"small": (2048, 128, 16384)},
+    {"small": (2, 64, 128, 4, 2, 32, 0, 0), "small, prompts": (2, 64, 64, 4, 2, 32, 8, 64)},
+)
 
 
 class Case(typing.NamedTuple):
@@ -67,6 +76,8 @@ def cases(platform: str) -> Iterator[Case]:
     experts, heads, caches = SMALL if small else (EXPERTS, HEADS, CACHES)
     for name, shape in experts.items():
         yield from _products(name, "dirichlet-2", dtype, *shape)
+        if not name.endswith("-down"):
+            yield from _swiglu(name, "dirichlet-2", dtype, *shape)
     name, shape = next(iter(experts.items()))
     for skew in SKEWS:
         yield from _products(f"{name}, {skew}", skew, dtype, *shape)
@@ -123,6 +134,26 @@ def _products(name: str, skew: str, dtype, rows: int, groups: int, depth: int, w
     yield Case("grouped_matmul, gradients", name, 2 * flops, moved, arguments, backward, names, others)
 
 
+def _swiglu(name: str, skew: str, dtype, rows: int, groups: int, depth: int, width: int) -> Iterator[Case]:
+    def arguments():
+        keys = jax.random.split(jax.random.key(0), 3)
+        draw = lambda key, *shape: jax.random.normal(key, shape, dtype)
+        gate, up = (draw(key, groups, depth, width) / math.sqrt(depth) for key in keys[:2])
+        return draw(keys[2], rows, depth), gate, up, jnp.asarray(group_sizes(rows, groups, skew))
+
+    def run(implementation):
+        return lambda *arrays: grouped_swiglu(*arrays, implementation=implementation)
+
+    def two_products(x, gate, up, sizes):
+        return jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)
+
+    flops = 4.0 * rows * depth * width
+    moved = dtype.itemsize * (2 * groups * depth * width + rows * depth + rows * width)
+    names = ("ragged_dot", *(n for n in PRODUCTS if n != "ragged_dot"))
+    others = {"two products": functools.partial(peers.compiled, two_products)}
+    yield Case("grouped_swiglu", name, flops, moved, arguments, run, names, others)
+
+
 def _statistics(name: str, dtype, rows: int, hidden: int, vocab: int) -> Iterator[Case]:
     def arguments():
         keys = jax.random.split(jax.random.key(0), 3)
@@ -152,35 +183,40 @@ def _statistics(name: str, dtype, rows: int, hidden: int, vocab: int) -> Iterato
 
 
 def _attention(
-    name: str, dtype, layers: int, rows: int, size: int, heads: int, kv: int, head_dim: int
+    name: str, dtype, layers: int, rows: int, size: int, heads: int, kv: int, head_dim: int, prompts: int, width: int
 ) -> Iterator[Case]:
-    lengths = np.random.default_rng(0).integers(size // 5, size + 1, rows).astype(np.int32)
+    """Rows, and prompts, of a fifth to all of their positions; a prompt's rows are scattered among the others."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(size // 5, size + 1, rows).astype(np.int32)
+    lens = rng.integers(width // 5, width + 1, prompts).astype(np.int32)
+    index = rng.permutation(np.arange(rows) % prompts).astype(np.int32) if prompts else lengths
 
     def arguments():
-        keys = jax.random.split(jax.random.key(0), 3)
-        cache = lambda key: jax.random.normal(key, (layers, rows, size, kv, head_dim), dtype)
-        return (
-            jax.random.normal(keys[0], (rows, heads, head_dim), dtype),
-            cache(keys[1]),
-            cache(keys[2]),
-            jnp.asarray(lengths),
-        )
+        keys = iter(jax.random.split(jax.random.key(0), 5))
+        cache = lambda *shape: jax.random.normal(next(keys), (layers, *shape, kv, head_dim), dtype)
+        queries = jax.random.normal(next(keys), (rows, heads, head_dim), dtype)
+        own = queries, cache(rows, size), cache(rows, size), jnp.asarray(lengths)
+        if not prompts:
+            return own
+        return *own, cache(prompts, width), cache(prompts, width), jnp.asarray(lens), jnp.asarray(index)
 
     def run(implementation):
-        def every_layer(q, keys, values, lengths):  # each layer attends with what the one before it gave
+        def every_layer(q, keys, values, lengths, *shared):  # each layer attends with what the one before it gave
+            names = "prompt_keys", "prompt_values", "prompt_lens", "prompt_index"
+            how = dict(zip(names, shared, strict=False), lengths=lengths, implementation=implementation)
+
             def attend(layer, q):
-                return decode_attention(
-                    q, keys, values, lengths=lengths, layer=layer, implementation=implementation
-                ).astype(q.dtype)
+                return decode_attention(q, keys, values, layer=layer, **how).astype(q.dtype)
 
             return jax.lax.fori_loop(0, layers, attend, q)
 
         return every_layer
 
-    flops = 4.0 * layers * int(lengths.sum()) * heads * head_dim
-    moved = 2.0 * dtype.itemsize * layers * int(lengths.sum()) * kv * head_dim
+    seen = int(lengths.sum()) + (int(lens[index].sum()) if prompts else 0)
+    flops = 4.0 * layers * seen * heads * head_dim
+    moved = 2.0 * dtype.itemsize * layers * int(lengths.sum() + lens.sum()) * kv * head_dim
     names = ("xla", *(n for n in ATTENTION if n != "xla"))
-    others = dict(cudnn=peers.cudnn_attention)
+    others = {} if prompts else dict(cudnn=peers.cudnn_attention)
     yield Case("decode_attention, all layers", name, flops, moved, arguments, run, names, others)
 
 

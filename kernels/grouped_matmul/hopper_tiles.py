@@ -11,32 +11,54 @@ BAND = 12  # rows of tiles before the next column: some 12 by 12 run at a time, 
 
 
 class RowTiles(NamedTuple):
-    """Two slabs of one group, at any rows; all [R] but the count."""
+    """Slabs of one group, at any rows: tiles of two slabs, and behind ``num_doubles`` places those of one. Each kind is in
+    the order of the groups; all [R] but counts.
+    """
 
     group: jax.Array  # E or more: beyond all groups
     first: jax.Array  # row where a slab begins
     second: jax.Array  # the same; ``end`` where there is no second one
     end: jax.Array  # of the group
-    count: jax.Array  # [1], how many of R there are
+    counts: jax.Array  # [2], how many there are of either kind
 
 
-def row_tiles(group_sizes: jax.Array, num_rows: int, at_once: int) -> RowTiles:
-    """The row tiles of all groups and of what lies beyond them: of ``at_once`` groups all of two slabs, then all of one."""
-    ends = jnp.append(jnp.minimum(_running_sum(group_sizes), num_rows), jnp.int32(num_rows))
-    ends = jnp.pad(ends, (0, -len(ends) % at_once), mode="edge")
-    starts = jnp.append(jnp.int32(0), ends[:-1])
-    pairs, rest = (ends - starts) // (TEAM * SLAB), (ends - starts) % (TEAM * SLAB)
-    double, single = pairs + (rest > SLAB), ((rest > 0) & (rest <= SLAB)).astype(jnp.int32)
-    lengths = jnp.stack([double.reshape(-1, at_once), single.reshape(-1, at_once)], axis=1).reshape(-1)
-    until = _running_sum(lengths)
-    index = jnp.arange(num_rows // (TEAM * SLAB) + len(group_sizes) + 1, dtype=jnp.int32)
-    entry = jnp.minimum(jnp.sum(until[None] <= index[:, None], axis=1, dtype=jnp.int32), len(lengths) - 1)
-    group = entry // (2 * at_once) * at_once + entry % at_once
-    start, end = starts[group], ends[group]
-    nth = jnp.where(entry // at_once % 2 == 0, index - (until - lengths)[entry], double[group])
-    row, last = start + nth * TEAM * SLAB, jnp.maximum(end - SLAB, start)
-    second = jnp.where(row + SLAB < end, jnp.minimum(row + SLAB, last), end)
-    return RowTiles(group, jnp.minimum(row, last), second, end, until[-1:])
+def num_doubles(num_rows: int, num_groups: int) -> int:
+    """Places for tiles of two slabs; there are as many as groups, and one more, for those of one."""
+    return num_rows // (TEAM * SLAB) + num_groups + 1
+
+
+def row_tiles(group_sizes: jax.Array, num_rows: int) -> RowTiles:
+    """The tiles of all groups, and of what lies beyond them as if it were one. Two reductions, each a kernel on a GPU."""
+    num_groups = len(group_sizes)
+    index = jnp.arange(num_groups, dtype=jnp.int32)
+    kinds = jnp.stack(_tiles_of(group_sizes))
+    total = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)
+    until = total(jnp.where(index[None] <= index[:, None], kinds[:, None], 0))  # [2, E]
+
+    places = num_doubles(num_rows, num_groups)
+    slot = jnp.arange(places + num_groups + 1, dtype=jnp.int32)
+    kind = (slot >= places).astype(jnp.int32)
+    nth = slot - kind * places
+    until_here, number = (jnp.where(kind[:, None] == 0, x[0], x[1]) for x in (until, kinds))
+    before = until_here <= nth[:, None]
+    here = ~before & (until_here - number <= nth[:, None])
+    group, nth = total(before), nth - total(jnp.where(before, number, 0))
+    begin = total(jnp.where(before, group_sizes, 0))
+    size = total(jnp.where(here, group_sizes, 0))
+    start = jnp.minimum(begin, num_rows)
+    end = jnp.where(group < num_groups, jnp.minimum(begin + size, num_rows), num_rows)
+    ahead = jnp.where(kind == 0, nth, _tiles_of(end - start)[0])  # tiles of two slabs before this one in its group
+    first = start + ahead * TEAM * SLAB
+    last = jnp.maximum(end - SLAB, start)
+    second = jnp.where(kind == 0, jnp.minimum(first + SLAB, last), end)
+    beyond = jnp.stack(_tiles_of(num_rows - jnp.minimum(total(group_sizes), num_rows)))
+    return RowTiles(group, jnp.minimum(first, last), second, end, until[:, -1] + beyond)
+
+
+def _tiles_of(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tiles of two slabs and of one of so many consecutive rows."""
+    whole, rest = rows // (TEAM * SLAB), rows % (TEAM * SLAB)
+    return whole + (rest > SLAB), ((rest > 0) & (rest <= SLAB)).astype(jnp.int32)
 
 
 class Groups(NamedTuple):

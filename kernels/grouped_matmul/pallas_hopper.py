@@ -5,6 +5,7 @@ the shadow of what the other multiplies, and loads go on where a tile ends. ``ho
 
 * ``product``: slabs begin at any row. A group's last slab is moved back to end with its group, and repeats some rows of
   the one before (the same numbers, stored twice). Only a group of less than 64 rows is stored row by row.
+* ``swiglu``: the same, but that a tile's columns are 128 of gate and the same 128 of up, joined before they are stored.
 * ``weight_gradient``: rows are contracted, in blocks that begin at a multiple of 8. What a block holds of other groups
   counts as zero in lhs, and in g what lies beyond all groups: nothing comes from there, but a NaN of g can reach the
   gradient of the next group.
@@ -33,14 +34,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
-from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, place, remainder, row_tiles
+from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, num_doubles, place, remainder, row_tiles
 
 COLUMNS = 256  # of a tile: 128 registers of a thread
 STEP = 64  # contracted at a time
 STAGES = 4  # steps in shared memory
 STORES = 2  # pieces of a slab on their way to memory
+NO_GROUP = 2**30
 LINE = 128  # bytes of a row in shared memory: the widest swizzle
-CACHED = 2**26  # bytes of matrices worked on at a time; the cache has 50 MiB
 
 
 def product(
@@ -54,25 +55,52 @@ def product(
     interpret: Any = None,
 ) -> jax.Array:
     """[M, N] in ``dtype``. ``ValueError``: what ``refusal`` says."""
-    _check(lhs, rhs, dtype)
-    (num_rows, depth), width = lhs.shape, rhs.shape[1 if transpose_rhs else 2]
+    _check("grouped_matmul", dtype, lhs, rhs)
+    options = dict(transpose_rhs=transpose_rhs, dtype=dtype, blocks=blocks, interpret=interpret)
+    return _by_row_tiles("grouped_matmul", lambda slab: slab, lhs, (rhs,), group_sizes, **options)
+
+
+def swiglu(
+    lhs: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[M, N] in ``dtype``: silu(lhs gate) * (lhs up) by groups, in fp32 and rounded once. ``ValueError``: as ``product``."""
+    _check("grouped_swiglu", dtype, lhs, gate, up)
+    options = dict(transpose_rhs=False, dtype=dtype, blocks=blocks, interpret=interpret)
+    return _by_row_tiles("grouped_swiglu", _silu_times, lhs, (gate, up), group_sizes, **options)
+
+
+def _silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    root = jax.lax.rsqrt(1 + jnp.exp(-gate))  # an instruction of the hardware's, where a division of fp32 branches
+    return gate * root * root * up
+
+
+def _by_row_tiles(name, join, lhs, matrices, group_sizes, *, transpose_rhs, dtype, blocks, interpret):
+    """``join`` of the products with each of ``matrices``, which share a tile's columns evenly."""
+    (num_rows, depth), rhs = lhs.shape, matrices[0]
+    width, columns = rhs.shape[1 if transpose_rhs else 2], COLUMNS // len(matrices)
     out = jax.ShapeDtypeStruct((num_rows, width), dtype)
     if 0 in (num_rows, depth, width, len(rhs)):
         return jnp.zeros(out.shape, dtype)
-    at_once = min(max(1, CACHED // (rhs.dtype.itemsize * depth * width)), len(rhs) + 1)
-    tile = (COLUMNS, STEP) if transpose_rhs else (STEP, COLUMNS)
+    tile = (columns, STEP) if transpose_rhs else (STEP, columns)
     memory = [
         _two_views((STAGES, TEAM, SLAB, STEP), lhs.dtype, interpret),
-        _tiled((STAGES, *tile), rhs.dtype),
+        _tiled((STAGES, len(matrices), *tile), rhs.dtype),
         _two_views((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype, interpret),
-        plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=TEAM + len(matrices), num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
     ]
-    body = functools.partial(_product, transpose_rhs=transpose_rhs, interpret=interpret)
+    body = functools.partial(_product, join=join, transpose_rhs=transpose_rhs, interpret=interpret)
     # Lanes, because two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
-    run = _kernel("grouped_matmul", body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
-    made = run(*row_tiles(group_sizes, num_rows, at_once), lhs, rhs)
-    return dispatch.varying(made, lhs, rhs, group_sizes)
+    run = _kernel(name, body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
+    made = run(*row_tiles(group_sizes, num_rows), lhs, *matrices)
+    return dispatch.varying(made, lhs, *matrices, group_sizes)
 
 
 class _ProductTile(NamedTuple):
@@ -81,26 +109,43 @@ class _ProductTile(NamedTuple):
     second: jax.Array
     end: jax.Array
     column: jax.Array
-    steps: jax.Array
 
 
-def _product(*refs, transpose_rhs: bool, interpret: Any):
-    group, first, second, end, count, lhs, rhs, out, lhs_memory, rhs_tiles, out_memory, full, empty = refs
+def _product(*refs, join: Callable, transpose_rhs: bool, interpret: Any):
+    group, first, second, end, counts, lhs, *matrices, out, lhs_memory, rhs_tiles, out_memory, full, empty = refs
     lhs_rows, lhs_tiles = _views(lhs_memory, interpret)
     out_rows, out_tiles = _views(out_memory, interpret)
     me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
-    columns = pl.cdiv(out.shape[1], COLUMNS)
+    width = COLUMNS // len(matrices)
+    columns = pl.cdiv(out.shape[1], width)
 
-    def find(index):
-        row, column = place(index, count[0], columns)
-        steps = jnp.where(group[row] < rhs.shape[0], jnp.int32(pl.cdiv(lhs.shape[1], STEP)), 0)
-        return _ProductTile(group[row], first[row], second[row], end[row], column, steps)
+    blocks = jax.lax.axis_size("block")
+    steps_of = lambda tile: jnp.where(tile.group < matrices[0].shape[0], jnp.int32(pl.cdiv(lhs.shape[1], STEP)), 0)
+
+    doubles = num_doubles(lhs.shape[0], matrices[0].shape[0])
+    totals = [counts[kind] * columns for kind in range(2)]
+
+    def nth(kind, index):
+        rows = jnp.maximum(counts[kind], 1)
+        row, column = place(jnp.minimum(index, rows * columns - 1), rows, columns)
+        row += kind * doubles
+        return _ProductTile(
+            jnp.where(index < totals[kind], group[row], NO_GROUP), first[row], second[row], end[row], column
+        )
+
+    def find(cursors):
+        """The next tile of either kind, that of the earlier group: all of a group's are worked on at about the same time."""
+        double, single = map(nth, range(2), cursors)
+        alone = single.group < double.group
+        tile = _ProductTile(*(jnp.where(alone, b, a) for a, b in zip(double, single, strict=True)))
+        return tile, (cursors[0] + jnp.where(alone, 0, blocks), cursors[1] + jnp.where(alone, blocks, 0))
 
     def load(tile, step):
         def fetch(k, slot):
-            ks, ns = pl.ds(k * STEP, STEP), pl.ds(tile.column * COLUMNS, COLUMNS)
-            weights = rhs.at[tile.group, ns, ks] if transpose_rhs else rhs.at[tile.group, ks, ns]
-            plgpu.copy_gmem_to_smem(weights, rhs_tiles.at[slot], full.at[slot])
+            ks, ns = pl.ds(k * STEP, STEP), pl.ds(tile.column * width, width)
+            for i, rhs in enumerate(matrices):
+                weights = rhs.at[tile.group, ns, ks] if transpose_rhs else rhs.at[tile.group, ks, ns]
+                plgpu.copy_gmem_to_smem(weights, rhs_tiles.at[slot, i], full.at[slot])
             plgpu.copy_gmem_to_smem(lhs.at[pl.ds(tile.first, SLAB), ks], lhs_rows.at[slot, 0], full.at[slot])
 
             @pl.when(tile.second < tile.end)
@@ -111,17 +156,18 @@ def _product(*refs, transpose_rhs: bool, interpret: Any):
             def _():
                 plgpu.barrier_arrive(full.at[slot])
 
-        return ring.fill(tile.steps, step, fetch)
+        return ring.fill(steps_of(tile), step, fetch)
 
     def multiply(tile, step):
+        steps = steps_of(tile)
         row = jnp.where(me == 0, tile.first, tile.second)
 
         def operands(k, slot):
-            weights = rhs_tiles.at[slot]
-            return lhs_tiles.at[slot, me], weights.transpose((1, 0)) if transpose_rhs else weights
+            weights = [rhs_tiles.at[slot, i] for i in range(len(matrices))]
+            return lhs_tiles.at[slot, me], *(w.transpose((1, 0)) if transpose_rhs else w for w in weights)
 
         def store(slot, at):
-            piece, columns = out_rows.at[me, slot], pl.ds(tile.column * COLUMNS + at, out_rows.shape[-1])
+            piece, columns = out_rows.at[me, slot], pl.ds(tile.column * width + at, out_rows.shape[-1])
 
             @pl.when(row + SLAB <= tile.end)
             def _():
@@ -136,15 +182,19 @@ def _product(*refs, transpose_rhs: bool, interpret: Any):
 
         @pl.when(row < tile.end)
         def _():
-            _store(ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
+            _store(join, ring.multiply(steps, step, operands, len(matrices)), out_tiles.at[me], store)
 
         @pl.when(row >= tile.end)
         def _():
-            ring.skip(tile.steps, step)
+            ring.skip(steps, step)
 
-        return step + tile.steps
+        return step + steps
 
-    _work(ring, count[0] * columns, find, load, multiply)
+    # Each kind is dealt to the blocks in turn, singles from where doubles end: a block gets as many as others, but one.
+    block = jax.lax.axis_index("block")
+    cursors = block, remainder(block + blocks - remainder(totals[0], blocks), blocks)
+    number = [divide(total - at + blocks - 1, blocks) for total, at in zip(totals, cursors, strict=True)]
+    _work(ring, number[0] + number[1], cursors, find, load, multiply)
 
 
 def weight_gradient(
@@ -157,7 +207,7 @@ def weight_gradient(
     interpret: Any = None,
 ) -> jax.Array:
     """[E, K, N] in ``dtype``: lhs^T g within each group. ``ValueError``: what ``refusal`` says."""
-    _check(lhs, g, dtype)
+    _check("grouped_matmul", dtype, lhs, g)
     (num_rows, depth), width = lhs.shape, g.shape[1]
     out = jax.ShapeDtypeStruct((len(group_sizes), depth, width), dtype)
     if 0 in (num_rows, *out.shape):
@@ -187,15 +237,15 @@ class _GradientTile(NamedTuple):
 
 def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_tiles, full, empty, masked):
     me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
-    groups, rows, columns = out.shape[0], pl.cdiv(out.shape[1], TEAM * SLAB), pl.cdiv(out.shape[2], COLUMNS)
+    groups, blocks = out.shape[0], jax.lax.axis_size("block")
+    rows, columns = pl.cdiv(out.shape[1], TEAM * SLAB), pl.cdiv(out.shape[2], COLUMNS)
 
     def find(index):
-        nth = divide(index, rows * columns)
+        nth = jnp.minimum(divide(index, rows * columns), groups - 1)
         at = divide(start[nth], 8) * 8
         steps = jnp.where(end[nth] > start[nth], divide(end[nth] - at + STEP - 1, STEP), 0)
-        return _GradientTile(
-            group[nth], start[nth], end[nth], at, *place(remainder(index, rows * columns), rows, columns), steps
-        )
+        where = place(remainder(index, rows * columns), rows, columns)
+        return _GradientTile(group[nth], start[nth], end[nth], at, *where, steps), index + blocks
 
     def load(tile, step):
         def fetch(k, slot):
@@ -237,10 +287,12 @@ def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_til
             to = out.at[tile.group, slab, pl.ds(tile.column * COLUMNS + at, out_tiles.shape[-1])]
             plgpu.copy_smem_to_gmem(out_tiles.at[me, slot], to, commit_group=False)
 
-        _store(ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
+        _store(lambda slab: slab, ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
         return step + tile.steps
 
-    _work(ring, jnp.int32(groups * rows * columns), find, load, multiply)
+    block = jax.lax.axis_index("block")
+    count = divide(groups * rows * columns - block + blocks - 1, blocks)
+    _work(ring, count, block, find, load, multiply)
 
 
 class _Ring(NamedTuple):
@@ -269,23 +321,26 @@ class _Ring(NamedTuple):
         def _(step):
             plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
 
-    def multiply(self, steps: jax.Array, step: jax.Array, operands: Callable) -> jax.Array:
-        """[SLAB, COLUMNS] in fp32: the sum of the products of ``operands(k, slot)``, one behind the one before."""
+    def multiply(self, steps: jax.Array, step: jax.Array, operands: Callable, products: int = 1) -> list[jax.Array]:
+        """So many of [SLAB, COLUMNS / products] in fp32: the first of ``operands(k, slot)`` times each of the others, summed
+        over a tile's steps, one behind the one before."""
 
-        def scope(total):
+        def scope(*totals):
             def body(k, step):
                 plgpu.barrier_wait(self.full.at[remainder(step, STAGES)])
-                plgpu.wgmma(total, *operands(k, remainder(step, STAGES)))
-                plgpu.wgmma_wait(1)
+                lhs, *others = operands(k, remainder(step, STAGES))
+                for total, rhs in zip(totals, others, strict=True):
+                    plgpu.wgmma(total, lhs, rhs)
+                plgpu.wgmma_wait(products)
                 pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(step - 1, STAGES)]))
                 return step + 1
 
             done = jax.lax.fori_loop(0, steps, body, step)
-            result = total[...]
+            results = [total[...] for total in totals]
             pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(done - 1, STAGES)]))
-            return result
+            return results
 
-        return pl.run_scoped(scope, plgpu.ACC((SLAB, COLUMNS), jnp.float32))
+        return pl.run_scoped(scope, *[plgpu.ACC((SLAB, COLUMNS // products), jnp.float32)] * products)
 
     def skip(self, steps: jax.Array, step: jax.Array) -> None:
         """Lets a tile's steps pass."""
@@ -296,13 +351,18 @@ class _Ring(NamedTuple):
             plgpu.barrier_arrive(self.empty.at[remainder(step + k, STAGES)])
 
 
-def _work(ring: _Ring, tiles: jax.Array, find: Callable, load: Callable, multiply: Callable) -> None:
-    """This block's tiles: ``step = load(find(index), step)`` in one warpgroup, ``multiply`` in the others."""
-    me, block, blocks = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block"), jax.lax.axis_size("block")
+def _work(ring: _Ring, count: jax.Array, cursors: Any, find: Callable, load: Callable, multiply: Callable) -> None:
+    """``count`` tiles, ``tile, cursors = find(cursors)``: ``step = load(tile, step)`` in one warpgroup, ``multiply`` in the
+    others. A tile is looked up before the one before it is worked on, which hides how long that takes."""
+    me = jax.lax.axis_index("warpgroup")
 
     def each_tile(run):
-        count = divide(tiles - block + blocks - 1, blocks)
-        return jax.lax.fori_loop(0, count, lambda i, step: run(find(block + i * blocks), step), jnp.int32(0))
+        def body(_, carry):
+            step, tile, cursors = carry
+            following = find(cursors)
+            return run(tile, step), *following
+
+        return jax.lax.fori_loop(0, count, body, (jnp.int32(0), *find(cursors)))[0]
 
     @pl.when(me == TEAM)
     def _():
@@ -316,12 +376,12 @@ def _work(ring: _Ring, tiles: jax.Array, find: Callable, load: Callable, multipl
         plgpu.wait_smem_to_gmem(0)
 
 
-def _store(slab: jax.Array, pieces: Any, copy: Callable) -> None:
-    """A slab by pieces of so many columns: ``copy(slot, column)`` sends what lies in ``pieces[slot]``."""
+def _store(join: Callable, slabs: list[jax.Array], pieces: Any, copy: Callable) -> None:
+    """``join(*slabs)`` by pieces of so many columns: ``copy(slot, column)`` sends what lies in ``pieces[slot]``."""
     width = pieces.shape[-1]
-    for i in range(COLUMNS // width):
+    for i in range(slabs[0].shape[1] // width):
         plgpu.wait_smem_to_gmem(STORES - 1, wait_read_only=True)
-        pieces[i % STORES] = slab[:, i * width : (i + 1) * width].astype(pieces.dtype)
+        pieces[i % STORES] = join(*(slab[:, i * width : (i + 1) * width] for slab in slabs)).astype(pieces.dtype)
         plgpu.commit_smem()
         copy(i % STORES, i * width)
         plgpu.commit_smem_to_gmem_group()
@@ -336,7 +396,7 @@ def _kernel(name, body, out, memory, semantics, blocks, interpret):
         grid_names=("block",),
         num_threads=TEAM + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=True),
         interpret=interpret,
         kernel_name=name,
     )
@@ -380,9 +440,9 @@ def _multiprocessors() -> int:
     return 132 if device is None else getattr(device, "core_count", 0) or getattr(device, "num_cores", 0) or 132
 
 
-def _check(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> None:
-    reason = refusal(lhs, other, dtype)
+def _check(op: str, dtype: jnp.dtype, lhs: jax.Array, *others: jax.Array) -> None:
+    reason = next(filter(None, (refusal(lhs, other, dtype) for other in others)), "")
     if dispatch.on_hopper() is False:
         reason = f"the device is {dispatch.gpu().device_kind}, and has to be of compute capability 9.x, as H100 and H200 are"
     if reason:
-        raise ValueError(f'grouped_matmul: implementation="pallas_hopper": {reason}; pass implementation=None')
+        raise ValueError(f'{op}: implementation="pallas_hopper": {reason}; pass implementation=None')

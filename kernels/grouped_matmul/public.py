@@ -114,11 +114,17 @@ def _forward(static, lhs, rhs, group_sizes):
 def _backward(static, residuals, g):
     name, transpose_rhs, _ = static
     lhs, rhs, group_sizes = residuals
+    return *gradients(name, lhs, rhs, group_sizes, g, transpose_rhs), None
+
+
+def gradients(
+    name: str | None, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, g: jax.Array, transpose_rhs: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Of lhs and rhs, each in its operand's type, where the product has the cotangent g."""
     g = g.astype(jnp.result_type(lhs, rhs))
     d_lhs = _run(name, "product", g, rhs, group_sizes, transpose_rhs=not transpose_rhs, dtype=lhs.dtype)
     operands = (g, lhs) if transpose_rhs else (lhs, g)
-    d_rhs = _run(name, "weight_gradient", *operands, group_sizes, dtype=rhs.dtype)
-    return d_lhs, d_rhs, None
+    return d_lhs, _run(name, "weight_gradient", *operands, group_sizes, dtype=rhs.dtype)
 
 
 _grouped.defvjp(_forward, _backward)

@@ -12,7 +12,6 @@ import functools
 import typing
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.grouped_matmul import arrange, combine, grouped_matmul, permute
+from kernels.grouped_matmul import arrange, combine, grouped_matmul, grouped_swiglu, permute
 from rl_reason.sharding import ROWS, num_row_shards, param_spec
 
 # Of its share of all choices, how many a device works on at a time: one turn of the loop unless its experts are this much
@@ -67,12 +66,8 @@ def apply_experts(
 def _mixture(x: Array, weights: Array, ids: Array, experts: Experts) -> Array:
     """Of all choices at once; ids that are no experts' add nothing."""
     rows, group_sizes, undo = permute(x, ids, len(experts.gate))
-    return combine(grouped_matmul(_hidden(rows, experts, group_sizes), experts.down, group_sizes), undo, weights)
-
-
-def _hidden(rows: Array, experts: Experts, group_sizes: Array) -> Array:
-    """silu(gate(x)) * up(x) of sorted rows; zeros beyond the groups."""
-    return nn.silu(grouped_matmul(rows, experts.gate, group_sizes)) * grouped_matmul(rows, experts.up, group_sizes)
+    hidden = grouped_swiglu(rows, experts.gate, experts.up, group_sizes)
+    return combine(grouped_matmul(hidden, experts.down, group_sizes), undo, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -208,7 +203,7 @@ def _in_turns_backward(
 
 def _weighted(rows: Array, weights: Array, experts: Experts, group_sizes: Array) -> Array:
     """Weighted before the last product, where rows are narrower, and where no gradient asks for that product again."""
-    hidden = _hidden(rows, experts, group_sizes)
+    hidden = grouped_swiglu(rows, experts.gate, experts.up, group_sizes)
     hidden = (hidden.astype(_wide(rows)) * weights[:, None]).astype(rows.dtype)
     return grouped_matmul(hidden, experts.down, group_sizes)
 

@@ -27,7 +27,9 @@ def test_a_table_and_its_json(tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert bench.main(["--op", "decode", "--repeats", "1", "--out", str(out)]) == 0
     table, record = capsys.readouterr().out, json.loads(out.read_text())
-    found = {r["implementation"]: r for r in record["records"]}
+    of = lambda case: {r["implementation"]: r for r in record["records"] if r["case"] == case}
+    found = of("small")
+    assert of("small, prompts")["default"]["error"] < 1e-5
     assert found["xla"]["times_first"] == 1.0 and found["packed_xla"]["error"] < 1e-5 and "packed_xla" in table
     assert found["cudnn"]["failed"] == "cuDNN needs a CUDA device"
     assert record["matmul_flops_per_s"] > 1e8 and found["xla"]["seconds"] > 0

@@ -41,13 +41,13 @@ def relative(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("options, splits", list(zip(OPTIONS, (3, 1, 1, 3), strict=True)), ids=str)
+@pytest.mark.parametrize("options, splits", list(zip(OPTIONS, ((3, 1), (1, 2), (1, 1), (3, 2)), strict=True)), ids=str)
 def test_interpreted(options, splits, monkeypatch):
     """Against float64, with races looked for and NaN in memory that nobody wrote."""
     monkeypatch.setattr(pallas_hopper, "_product", product)
     *arrays, lengths, prompt = case(BF16, sizes=SMALL)
     prompt["prompt_index"] %= 2 // options.get("num_shards", 1)
-    got = kernel(*arrays, lengths, prompt, tiles=Tiles(64, 2, splits), interpret=INTERPRET, **options)
+    got = kernel(*arrays, lengths, prompt, tiles=Tiles(64, 2, *splits), interpret=INTERPRET, **options)
     assert relative(got, oracle(*arrays, lengths, prompt, **options)) < 4e-3
     assert not got[0].any()  # length 0
 
@@ -55,7 +55,7 @@ def test_interpreted(options, splits, monkeypatch):
 def test_interpreted_layers_without_prompts(monkeypatch):
     monkeypatch.setattr(pallas_hopper, "_product", product)
     queries, keys, values, lengths, _ = case(BF16, layers=3, sizes=SMALL)
-    got = kernel(queries, keys, values, lengths, {}, jnp.int32(2), Tiles(64, 3, 1), INTERPRET)
+    got = kernel(queries, keys, values, lengths, {}, jnp.int32(2), Tiles(64, 3, 1, 1), INTERPRET)
     assert relative(got, oracle(queries, keys[2], values[2], lengths)) < 4e-3
 
 
@@ -103,10 +103,13 @@ def test_what_it_does_not_take(sizes, dtype, words):
 
 
 def test_splits():
-    assert choose_tiles(128 * 8, 1280).splits == 1
-    assert choose_tiles(8 * 8, 1280).splits == 4  # as many as there is room for
-    assert choose_tiles(8 * 8, 800).splits == 3  # as many as have 4 blocks
-    assert choose_tiles(1, 100).splits == 1
+    assert choose_tiles(128 * 8, 1280).own == 1
+    assert choose_tiles(8 * 8, 1280).own == 4  # as many as there is room for
+    assert choose_tiles(8 * 8, 800).own == 3  # as many as have 4 blocks
+    assert choose_tiles(1, 100).own == 1
+    assert choose_tiles(128 * 8, 512, 24 * 8, 2048).shared == 1
+    assert choose_tiles(128 * 8, 512, 4 * 8, 2048).shared == 8  # as many as there is room for, of 4 blocks
+    assert choose_tiles(128 * 8, 512, 4 * 8, 600).shared == 2
 
 
 def test_under_x64():
@@ -129,8 +132,8 @@ def test_on_a_chip(sizes, options):
     prompt["prompt_index"] %= len(prompt["prompt_lens"]) // options.get("num_shards", 1)
     own = prompt | {k: prompt[k][1] for k in ("prompt_keys", "prompt_values")}
     want = oracle(queries, keys[1], values[1], lengths, own, **options)
-    for splits in (1, 3):
-        got = kernel(queries, keys, values, lengths, prompt, jnp.int32(1), Tiles(64, 2, splits), **options)
+    for splits in ((1, 1), (3, 2)):
+        got = kernel(queries, keys, values, lengths, prompt, jnp.int32(1), Tiles(64, 2, *splits), **options)
         assert relative(got, want) < 4e-3
 
 

@@ -14,12 +14,13 @@ from kernels.decode_attention import decode_attention
 from kernels.decode_attention.public import IMPLEMENTATIONS as ATTENTION
 from kernels.entropy_covariance import chunked_xla, token_statistics
 from kernels.entropy_covariance.public import IMPLEMENTATIONS as STATISTICS
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels.grouped_matmul.public import IMPLEMENTATIONS as PRODUCTS
 
 BF16, INT = jnp.bfloat16, jnp.int32
 SHAPES = {
     "grouped_matmul": [((128, 64), BF16), ((4, 64, 64), BF16), ((4,), INT)],
+    "grouped_swiglu": [((128, 64), BF16), ((4, 64, 64), BF16), ((4, 64, 64), BF16), ((4,), INT)],
     "token_statistics": [((128, 64), BF16), ((64, 128), BF16), ((128,), INT)],
     "decode_attention": [((8, 4, 64), BF16), ((8, 16, 2, 64), BF16), ((8, 16, 2, 64), BF16), ((8,), INT)],
 }
@@ -28,6 +29,8 @@ SHAPES = {
 def run(op, name, *arguments):
     if op == "grouped_matmul":
         return grouped_matmul(*arguments, implementation=name)
+    if op == "grouped_swiglu":
+        return grouped_swiglu(*arguments, implementation=name)
     if op == "token_statistics":
         return token_statistics(*arguments, temperature=1.0, implementation=name).logprob
     return decode_attention(*arguments[:3], lengths=arguments[3], implementation=name)
@@ -37,7 +40,7 @@ def run(op, name, *arguments):
     ("op", "name"),
     [
         (op, name)
-        for op, names in zip(SHAPES, (PRODUCTS, STATISTICS, ATTENTION), strict=True)
+        for op, names in zip(SHAPES, (PRODUCTS, PRODUCTS, STATISTICS, ATTENTION), strict=True)
         for name in (*names, None)
     ],
 )

@@ -10,9 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels.grouped_matmul import grouped_matmul, pallas_hopper
-from kernels.grouped_matmul.hopper_tiles import BAND, by_size, place, row_tiles
-from kernels.grouped_matmul.public import IMPLEMENTATIONS
+from kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pallas_hopper
+from kernels.grouped_matmul.hopper_tiles import BAND, by_size, num_doubles, place, row_tiles
 
 M, K, N, E = 320, 128, 64, 4
 GROUPS = {"uneven": [10, 0, 190, 70], "at slabs": [64, 128, 127, 1], "one": [0, 320, 0, 0]}
@@ -48,35 +47,39 @@ def gradient_of(lhs, g, sizes):
     return np.stack([np.asarray(lhs[r], np.float32).T @ np.asarray(g[r], np.float32) for r in slices(sizes)])
 
 
+def listed(tiles, num_rows, num_groups):
+    """(group, first, second, end) of tiles of two slabs, and of those of one."""
+    places, counts = num_doubles(num_rows, num_groups), tiles.counts.tolist()
+    assert counts[0] <= places and counts[1] <= num_groups + 1 and len(tiles.group) == places + num_groups + 1
+    every = list(zip(*(x.tolist() for x in tiles[:4]), strict=True))
+    return every[: counts[0]], every[places : places + counts[1]]
+
+
 def test_row_tiles_by_hand():
     # Groups of 10, 0, 190 and 70 rows of 320, 50 beyond. 10: one slab, rows 0-9 of 0-63. 190 from row 10 to 200: slabs at 10
     # and 74; 138 would end at 202 and moves to 136, alone. 70 from 200 to 270: at 200 and 206. 50 from 270: alone.
-    tiles = row_tiles(jnp.array([10, 0, 190, 70]), 320, 5)
-    rows = list(zip(*(x.tolist() for x in tiles[:4]), strict=True))[: int(tiles.count[0])]
-    assert rows == [(2, 10, 74, 200), (3, 200, 206, 270), (0, 0, 10, 10), (2, 136, 200, 200), (4, 270, 320, 320)]
-    # Two groups at a time: 0 and 1, 2 and 3, then beyond.
-    tiles = row_tiles(jnp.array([10, 0, 190, 70]), 320, 2)
-    assert tiles.first.tolist()[:5] == [0, 10, 200, 136, 270]
+    doubles, singles = listed(row_tiles(jnp.array([10, 0, 190, 70]), 320), 320, 4)
+    assert doubles == [(2, 10, 74, 200), (3, 200, 206, 270)]
+    assert singles == [(0, 0, 10, 10), (2, 136, 200, 200), (4, 270, 320, 320)]
 
 
 def test_row_tiles_cover_every_row_with_its_own_group():
     num_rows, rng = 700, np.random.default_rng(0)
-    for at_once in (1, 2, 6):
-        tiles_of = jax.jit(functools.partial(row_tiles, num_rows=num_rows, at_once=at_once))
-        for _ in range(30):
-            cuts = np.sort(rng.integers(0, num_rows + 1, size=5))
-            sizes = np.diff(cuts, prepend=0)
-            owner = np.repeat(np.arange(6), [*sizes, num_rows - cuts[-1]])
-            written = np.full(num_rows, -1)
-            *tiles, count = (x.tolist() for x in tiles_of(jnp.asarray(sizes, jnp.int32)))
-            assert count[0] <= len(tiles[0])
-            for group, first, second, end in list(zip(*tiles, strict=True))[: count[0]]:
+    tiles_of = jax.jit(functools.partial(row_tiles, num_rows=num_rows))
+    for _ in range(30):
+        cuts = np.sort(rng.integers(0, num_rows + 1, size=5))
+        sizes = np.diff(cuts, prepend=0)
+        owner = np.repeat(np.arange(6), [*sizes, num_rows - cuts[-1]])
+        written = np.full(num_rows, -1)
+        for tiles in listed(tiles_of(jnp.asarray(sizes, jnp.int32)), num_rows, 5):
+            assert [group for group, *_ in tiles] == sorted(group for group, *_ in tiles)
+            for group, first, second, end in tiles:
                 assert second + 64 <= end or second == end  # only a first slab is stored row by row
                 for row in (first, second):
                     own = slice(row, min(row + 64, end))
                     assert (owner[own] == min(group, 5)).all()
                     written[own] = owner[own]
-            assert (written == owner).all()
+        assert (written == owner).all()
 
 
 def test_groups_by_size():
@@ -119,6 +122,22 @@ def test_interpreted(groups):
     np.testing.assert_allclose(got, gradient_of(lhs, g, sizes), rtol=0, atol=1e-4)
 
 
+def swiglu_of(lhs, gate, up, sizes):
+    a, b = product_of(lhs, gate, sizes), product_of(lhs, up, sizes)
+    return a / (1 + np.exp(-a)) * b
+
+
+@interpretable
+@pytest.mark.parametrize("sizes", [GROUPS["uneven"], [0, 128, 64, 0]], ids=str)
+def test_swiglu(sizes):
+    """192 columns are a tile of 128 and half of one."""
+    lhs, gate, _ = operands((M, K, 192, E), used=sum(sizes))
+    up = operands((M, K, 192, E), seed=1)[1]
+    how = interpret(races=not any(size % 64 for size in sizes))
+    got = pallas_hopper.swiglu(lhs, gate, up, jnp.array(sizes), dtype=F32, blocks=2, interpret=how)
+    np.testing.assert_allclose(got, swiglu_of(lhs, gate, up, sizes), rtol=1e-5, atol=1e-4)
+
+
 def called(run, *shapes):
     """How many Mosaic GPU kernels a program calls when it is lowered for CUDA, here."""
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
@@ -154,6 +173,35 @@ def test_lowered_with_64_bit_numbers(x64):
     assert called(functools.partial(gradients, name="pallas_hopper"), *SHAPES[:2], ((E,), jnp.int64)) == 2
 
 
+def test_what_a_cuda_program_calls_for_swiglu():
+    """One kernel, but where a backward pass asks for both products: then two, and one for the gradient of gate."""
+    shapes = *SHAPES[:2], *SHAPES[1:]
+
+    def gradient(remat, *arrays):
+        run = remat(lambda lhs, gate, *others: jnp.sin(grouped_swiglu(lhs, gate, *others)).astype(F32).sum())
+        return jax.value_and_grad(run, 1)(*arrays)
+
+    assert called(grouped_swiglu, *shapes) == 0  # nothing says that it is for Hopper
+    with hopper():
+        half = lambda *shape: (shape, jnp.float16)
+        assert called(grouped_swiglu, half(M - 3, K), half(E, K, N), half(E, K, N), SHAPES[2]) == 1
+        assert called(functools.partial(gradient, lambda run: run), *shapes) == 2 + 1
+        assert called(functools.partial(gradient, jax.checkpoint), *shapes) == 1 + 2 + 1
+    with hopper(size=2):
+        assert called(grouped_swiglu, *shapes) == 0
+
+
+def test_swiglu_under_remat_and_shard_map():
+    """What stands in for a forward rule is traced when that is dropped, and its result typed as inside shard_map still."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    named = functools.partial(grouped_swiglu, implementation="pallas_hopper")
+    sharded = jax.shard_map(named, mesh=mesh, in_specs=(P("x"), P(), P(), P("x")), out_specs=P("x"))
+    run = lambda *arrays: jax.checkpoint(sharded)(*arrays).astype(F32).sum()
+    shapes = *SHAPES[:2], *SHAPES[1:]
+    program = jax.make_jaxpr(jax.value_and_grad(run))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert str(program).count("name=grouped_swiglu") == 1
+
+
 def test_what_a_cuda_program_calls():
     assert called(gradients, *SHAPES) == 0  # nothing says that it is for Hopper
     with hopper("NVIDIA A100-SXM4-80GB"):
@@ -181,6 +229,8 @@ def test_what_it_cannot_serve():
         jax.eval_shape(jax.grad(lambda b: run(lhs[:317], b, sizes).sum().astype(F32)), rhs)
     with hopper("NVIDIA B200"), pytest.raises(ValueError, match=r"the device is NVIDIA B200.*9\.x"):
         jax.eval_shape(run, lhs, rhs, sizes)
+    with pytest.raises(ValueError, match=r"grouped_swiglu: .*operands are bfloat16 and float32.*implementation=None"):
+        grouped_swiglu(lhs, rhs, rhs.astype(F32), sizes, implementation="pallas_hopper")
 
 
 # On a Hopper GPU: JAX_PLATFORMS=cuda python -m pytest -n 0 -m gpu tests/unit/test_kernels_grouped_matmul_hopper.py
@@ -196,7 +246,7 @@ ON_CHIP = {
 
 @functools.cache
 def compiled(method, **options):
-    return jax.jit(functools.partial(getattr(IMPLEMENTATIONS["pallas_hopper"], method), **options))
+    return jax.jit(functools.partial(getattr(pallas_hopper, method), **options))
 
 
 @pytest.mark.gpu
@@ -215,6 +265,41 @@ def test_on_the_chip(groups):
     np.testing.assert_allclose(narrow.astype(F32), want, rtol=2**-8, atol=1e-3)
     narrow = compiled("weight_gradient", dtype=BF16)(lhs, g, group_sizes)
     np.testing.assert_array_equal(narrow, wide.astype(BF16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", ON_CHIP)
+def test_swiglu_on_the_chip(groups):
+    sizes = ON_CHIP[groups]
+    lhs, gate, _ = operands(CHIP, used=sum(sizes))
+    up, group_sizes = operands(CHIP, seed=1)[1], jnp.array(sizes)
+    lhs = lhs / 8  # products of some 2, where silu bends
+    wide = compiled("swiglu", dtype=F32)(lhs, gate, up, group_sizes)
+    np.testing.assert_allclose(wide, swiglu_of(lhs, gate, up, sizes), rtol=1e-4, atol=1e-4)
+    narrow = compiled("swiglu", dtype=BF16)(lhs, gate, up, group_sizes)
+    np.testing.assert_array_equal(narrow, wide.astype(BF16))
+
+
+@pytest.mark.gpu
+def test_swiglu_by_default_on_the_chip():
+    """A pass that keeps nothing, and its gradients."""
+    sizes = jnp.array(ON_CHIP["uneven"])
+    lhs, gate, g = operands(CHIP)
+    up = operands(CHIP, seed=1)[1]
+    product = functools.partial(grouped_matmul, group_sizes=sizes)
+    unfused = lambda lhs, gate, up: jax.nn.silu(product(lhs, gate)) * product(lhs, up)
+    fused = jax.checkpoint(lambda *arrays: grouped_swiglu(*arrays, sizes))
+
+    def run(f, *arrays):
+        out, pull = jax.vjp(f, *arrays)
+        return out, *pull(g)
+
+    program = jax.jit(functools.partial(run, fused)).lower(lhs, gate, up)
+    assert program.as_text().count("mosaic_gpu_v2") == 1 + 2 + 2 + 2
+    wanted = jax.jit(functools.partial(run, unfused))(lhs, gate, up)
+    for a, b in zip(program.compile()(lhs, gate, up), wanted, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=2**-5, atol=2**-6 * np.abs(b).max())
 
 
 @pytest.mark.gpu

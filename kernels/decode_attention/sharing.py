@@ -1,0 +1,67 @@
+"""Which rows see the same prompt, for kernels that read it once for several of them, and what is then to be merged."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.decode_attention import spans
+
+
+class Parts(NamedTuple):
+    """Rows that see the same entry of the prompts' cache, a few at a time: C parts, of B rows."""
+
+    order: jax.Array  # [B] the rows, those of one entry side by side
+    entry: jax.Array  # [C]
+    first: jax.Array  # [C] its rows are order[first : first + count]
+    count: jax.Array  # [C] 0 beyond the last part
+    part: jax.Array  # [B] where a row is, and its place there; anything for a row that sees no prompt
+    place: jax.Array  # [B]
+
+    def members(self, most: int) -> jax.Array:
+        """[C, most]: a part's rows, its last one again where it has fewer."""
+        nth = jnp.minimum(jnp.arange(most)[None], self.count[:, None] - 1)
+        return self.order[self.first[:, None] + jnp.maximum(nth, 0)]
+
+
+def share(entries: jax.Array, seen: jax.Array, num_entries: int, most: int) -> Parts:
+    """Parts of at most ``most`` rows by the rows' ``entries`` [B], of those that have ``seen`` [B] set.
+
+    By comparisons of all pairs in three steps: to sort so few takes a GPU longer.
+    """
+    num_rows = len(entries)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    total = lambda x: jnp.sum(x, axis=1, dtype=jnp.int32)
+    entries = jnp.where(seen, entries, num_entries)
+    same, earlier = entries[None] == entries[:, None], row[None] < row[:, None]
+    nth, size = total(same & earlier), jnp.where(seen, total(same), 0)
+    rank = total((entries[None] < entries[:, None]) | (same & earlier))
+
+    place = spans.rem(nth, most)
+    leads = seen & (place == 0)
+    order = total(jnp.where(rank[None] == row[:, None], row[None], 0))
+    part = total(leads[None] & (rank[None] <= rank[:, None])) - 1
+
+    index = jnp.arange(num_parts(num_rows, num_entries, most), dtype=jnp.int32)
+    here = leads[None] & (part[None] == index[:, None])
+    of_leader = lambda x: total(jnp.where(here, x[None], 0))
+    count = of_leader(jnp.minimum(size - nth, most))
+    return Parts(order, of_leader(entries), of_leader(rank), count, jnp.maximum(part, 0), place)
+
+
+def num_parts(num_rows: int, num_entries: int, most: int) -> int:
+    """How many parts there can be: a full one for every ``most`` rows and one more an entry, and no more than rows."""
+    return min(num_rows, num_rows // most + num_entries)
+
+
+def merged(averages: list[jax.Array], levels: list[jax.Array], seen: jax.Array) -> jax.Array:
+    """[B, H, hd] from averages [B, H, hd] over parts of what a row sees, and their fp32 log2-sum-exp2 [B, H].
+
+    Rows that are not ``seen`` [B] are zeros, whatever their parts hold.
+    """
+    highest = functools.reduce(jnp.maximum, levels)
+    weights = [jnp.exp2(level - highest) for level in levels]
+    total = sum(weights)
+    out = sum((weight / total)[..., None] * average for weight, average in zip(weights, averages, strict=True))
+    return jnp.where(seen[:, None, None], out, 0).astype(averages[0].dtype)
