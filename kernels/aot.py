@@ -61,7 +61,7 @@ def compilations(generation: str) -> Iterator[Compilation]:
         run = lambda h, w, y: statistics.token_statistics(h, w, y, Head(jnp.float32(1.0), None, w.shape[1]), 1, 1)
         yield Compilation("token_statistics", model, run, head, tiles)
     for model, shape in CACHES.items():
-        yield from _decode_attention(model, generation, shape)
+        yield from _decode_attention(model, shape)
 
 
 def _grouped_matmul(
@@ -82,23 +82,24 @@ def _grouped_matmul(
     yield Compilation("grouped_matmul_drhs", case, gradient, (x, y, sizes), of)
 
 
-def _decode_attention(model: str, generation: str, shape: tuple[int, ...]) -> Iterator[Compilation]:
+def _decode_attention(model: str, shape: tuple[int, ...]) -> Iterator[Compilation]:
     layers, rows, size, heads, kv, head_dim, prompts, prompt = shape
-    block = decode.choose_block(heads, kv, head_dim, BF16, generation)
+    block_of = lambda queries: decode.choose_block(queries, kv, head_dim, BF16)
+    blocks = block_of(heads), block_of(max(decode.QUERIES // heads, 1) * heads)
     counts = lambda n: ((n,), jnp.dtype("int32"))
 
     def run(q, k, v, lengths, *prompt):
         layer = lengths[0] if k.ndim == 5 else None
-        return decode.decode_attention(q, k, v, lengths, prompt or None, layer, 1, 50.0, lengths[1], 0.1, block=block)
+        return decode.decode_attention(q, k, v, lengths, prompt or None, layer, 1, 50.0, lengths[1], 0.1)
 
     for stack in (), (layers,):
         own = ((*stack, rows, size, kv, head_dim), BF16)
         shared = ((*stack, prompts, prompt, kv, head_dim), BF16)
         arguments = ((rows, heads, head_dim), BF16), own, own, counts(rows)
         case = f"{model}{'-stacked' * len(stack)}"
-        yield Compilation("decode_attention", case, run, arguments, (block,))
+        yield Compilation("decode_attention", case, run, arguments, blocks[:1])
         arguments += shared, shared, counts(prompts), counts(rows)
-        yield Compilation("decode_attention", f"{case}-prompts", run, arguments, (block,))
+        yield Compilation("decode_attention", f"{case}-prompts", run, arguments, blocks)
 
 
 def compiled(what: Compilation, generation: str) -> int:

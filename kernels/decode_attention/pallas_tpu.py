@@ -1,13 +1,18 @@
-"""A TPU kernel: blocks of positions stream past a row's queries, from the first block that the row sees to the last.
+"""A TPU kernel: blocks of positions stream past the queries that see them, from the first such block to the last.
+
+It runs twice: over prompts, for a few rows of one prompt at a time, which so is read once for all of them, and over the
+rows' own positions. What they find, averages in the queries' type, is merged by log-sum-exp.
 
 A block's key heads are taken as rows of one matrix, [positions x KV, hd], which is how they lie in memory: every query is
 multiplied with every head, and the scores of foreign heads are masked. A matrix unit loads the keys once either way, and
-nothing is transposed. Layer, row and block are looked up by the index maps from prefetched scalars, so that neither a layer
-nor a prompt is copied out of its cache. The steps that are left when a row is done repeat its last block, which fetches
-nothing, and compute nothing. Prompt and cache share one online softmax in fp32.
+nothing is transposed. Layer, entry and block are looked up by the index maps from prefetched scalars, so that neither a
+layer nor a prompt is copied out of its cache. The steps that are left when an entry is done repeat its last block, which
+fetches nothing, and compute nothing. Each pass is an online softmax in fp32.
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +21,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.decode_attention import spans
+from kernels.decode_attention.sharing import merged, share
 from kernels.tpu import LANES, VMEM_BYTES
 
-# Keys and values of a step by generation, a guess: a third of a microsecond of reading or more, which is a step's overhead.
-STEP_BYTES = {"v5e": 2**20, "v5p": 2**20, "v6e": 2**20, "tpu7x": 2**21}
+# Keys or values of a step, a guess: with both, a quarter of a microsecond of reading or more, which is a step's overhead.
+STEP_BYTES = 2**20
+QUERIES = 128  # of the rows that share a step, if one has fewer: what a matrix unit multiplies at a time
+LOWEST = -1e30  # below every score, and finite: it less itself is 0
+LOG2E = math.log2(math.e)
+
+
+class Span(NamedTuple):
+    """What the queries of a step see, of T steps."""
+
+    entry: jax.Array  # [T]
+    start: jax.Array  # [T] positions start .. stop - 1 are seen by one of its rows at least
+    stop: jax.Array  # [T]
+    since: jax.Array | None  # [T, rows]: from where each row does; None for from the start
 
 
 def fills_lanes(queries: jax.Array) -> bool:
@@ -51,94 +69,129 @@ def decode_attention(
     operands = jnp.result_type(queries, keys, values)
     if operands == jnp.float64:
         raise ValueError('decode_attention: implementation="pallas_tpu" takes fp32 at most, not float64; use "xla"')
-    num_rows, num_heads, head_dim = queries.shape
-    num_kv = keys.shape[-2]
-    stacked = layer is not None
-    block = block or choose_block(num_heads, num_kv, head_dim, keys.dtype)
+    num_rows, num_heads, _ = queries.shape
+    attend = functools.partial(_attend, layer=layer, soft_cap=soft_cap, scale=scale, block=block, interpret=interpret)
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    # What each row sees of each cache: its entry there, and positions start .. end - 1; all [B].
-    caches, seen = [(keys, values)], [(row, *spans.bounds(lengths, keys.shape[-3], lengths, window))]
-    if prompt is not None:
-        prompt_keys, prompt_values, lens, index = prompt
-        entry = spans.prompt_entry(row, index, num_rows, lens.shape[0], num_shards)
-        own = jnp.where(lengths > 0, lens[entry], 0)
-        caches.insert(0, (prompt_keys, prompt_values))
-        seen.insert(0, (entry, *spans.bounds(own, prompt_keys.shape[-3], own + lengths, window)))
-    sizes = [min(block, k.shape[-3]) for k, _ in caches]
-    steps = [pl.cdiv(k.shape[-3], size) for (k, _), size in zip(caches, sizes, strict=True)]
-    begins = [sum(steps[:i]) for i in range(len(steps))]  # the grid's step of each cache's first
+    start, stop = spans.bounds(lengths, keys.shape[-3], lengths, window)
+    averages, levels = (x[:, 0] for x in attend(queries[:, None], keys, values, Span(row, start, stop, None)))
+    if prompt is None:
+        return averages
+    prompt_keys, prompt_values, lens, index = prompt
+    entry = spans.prompt_entry(row, index, num_rows, len(lens), num_shards)
+    most = max(QUERIES // num_heads, 1)
+    parts = share(entry, lengths > 0, len(lens), most)
+    members = parts.members(most)
+    start, stop = spans.bounds(lens[entry], prompt_keys.shape[-3], lens[entry] + lengths, window)
+    start, stop = start[members], jnp.where(parts.count > 0, stop[members[:, 0]], 0)
+    span = Span(parts.entry, jnp.min(start, axis=1), stop, None if window is None else start)
+    shared = attend(queries[members], prompt_keys, prompt_values, span)
+    at = parts.part * most + parts.place
+    shared_averages, shared_levels = (x.reshape(-1, *x.shape[2:])[at] for x in shared)
+    return merged([shared_averages, averages], [shared_levels, levels], lengths > 0)
 
-    def kernel(layer_ref, *refs):
-        del layer_ref
-        span_refs, refs = refs[: 3 * len(steps)], refs[3 * len(steps) :]
-        scale_ref, query_ref, *cache_refs, out_ref, highest, total, average = refs
-        row, step = pl.program_id(0), pl.program_id(1)
+
+def _attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    span: Span,
+    *,
+    layer: jax.Array | None,
+    soft_cap: float | None,
+    scale: jax.Array | float,
+    block: int | None,
+    interpret: object,
+) -> tuple[jax.Array, jax.Array]:
+    """Averages [T, rows, H, hd] for queries [T, rows, H, hd], in their type, and log2-sum-exp2 [T, rows, H] in fp32."""
+    operands = jnp.result_type(queries, keys, values)
+    num_steps, rows, num_heads, head_dim = queries.shape
+    num_kv, num_queries, stacked = keys.shape[-2], rows * num_heads, layer is not None
+    size = min(block or choose_block(num_queries, num_kv, head_dim, keys.dtype), keys.shape[-3])
+
+    def kernel(layer_ref, entry_ref, start_ref, stop_ref, scale_ref, *refs):
+        del layer_ref, entry_ref
+        since_refs, refs = refs[: span.since is not None], refs[span.since is not None :]
+        query_ref, key_ref, value_ref, out_ref, level_ref, highest, total, average = refs
+        at, step = pl.program_id(0), pl.program_id(1)
+        start, stop = start_ref[at], stop_ref[at]
+        here = (spans.div(start, size) + step) * size
 
         @pl.when(step == 0)
         def _():
-            highest[...] = jnp.full_like(highest, jnp.finfo(jnp.float32).min)
+            highest[...] = jnp.full_like(highest, LOWEST)
             total[...] = jnp.zeros_like(total)
             average[...] = jnp.zeros_like(average)
 
-        def attend(key_ref, value_ref, first, last):
-            """The positions first .. last - 1 of a block, counted from its own start."""
+        @pl.when(here < stop)
+        def _():
             flat = lambda ref: ref[...].reshape(-1, head_dim)
             s = _dot(query_ref[...].astype(operands), flat(key_ref).astype(operands), 1) * scale_ref[0, 0]
             s = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
-            inside = lambda i: (i >= first * num_kv) & (i < last * num_kv)
+            inside = lambda i, first: (i >= (first - here) * num_kv) & (i < (stop - here) * num_kv)
             column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            head = spans.div(jax.lax.broadcasted_iota(jnp.int32, (num_heads, 1), 0), num_heads // num_kv)
-            s = jnp.where((spans.rem(column, num_kv) == head) & inside(column), s, -jnp.inf)
+            query = jax.lax.broadcasted_iota(jnp.int32, (num_queries, 1), 0)
+            head = spans.div(spans.rem(query, num_heads), num_heads // num_kv)
+            first = since_refs[0][...] if since_refs else start
+            s = jnp.where((spans.rem(column, num_kv) == head) & inside(column, first), s, -jnp.inf)
             v = flat(value_ref)
-            v = jnp.where(inside(jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)), v, 0)  # 0 * NaN is NaN
+            row = jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)
+            v = jnp.where(inside(row, start), v, 0)  # 0 * NaN is NaN
             top = jnp.maximum(highest[...], jnp.max(s, axis=1, keepdims=True))
             p, fade = jnp.exp(s - top), jnp.exp(highest[...] - top)
             total[...] = fade * total[...] + jnp.sum(p, axis=1, keepdims=True)
             average[...] = fade * average[...] + _dot(p.astype(v.dtype), v, 0)
             highest[...] = top
 
-        for i, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
-            _, start, end = (ref[row] for ref in span_refs[3 * i : 3 * i + 3])
-            at = (spans.div(start, size) + step - begin) * size
-            key_ref, value_ref = cache_refs[2 * i : 2 * i + 2]
-            pl.when((step >= begin) & (at < end))(functools.partial(attend, key_ref, value_ref, start - at, end - at))
-
-        @pl.when(step == sum(steps) - 1)
+        @pl.when(step == pl.num_programs(1) - 1)
         def _():
-            out_ref[...] = (average[...] / jnp.where(total[...] > 0, total[...], 1)).astype(out_ref.dtype)
+            whole = jnp.where(total[...] > 0, total[...], 1)
+            out_ref[...] = (average[...] / whole).astype(out_ref.dtype)
+            level_ref[...] = (highest[...] + jnp.log(whole)) * LOG2E
 
-    def cache_spec(i):
-        def index(row, step, layer_ref, *span_refs):
-            entry, start, end = (ref[row] for ref in span_refs[3 * i : 3 * i + 3])
-            here = fetched(step - begins[i], start, end, sizes[i])
-            return *((layer_ref[0],) if stacked else ()), entry, here, 0, 0
+    def of_cache(at, step, layer_ref, entry_ref, start_ref, stop_ref):
+        here = fetched(step, start_ref[at], stop_ref[at], size)
+        return *((layer_ref[0],) if stacked else ()), entry_ref[at], here, 0, 0
 
-        return pl.BlockSpec((*((None,) if stacked else ()), None, sizes[i], num_kv, head_dim), index)
-
-    of_row = pl.BlockSpec((None, num_heads, head_dim), lambda row, *_: (row, 0, 0))
-    column = pltpu.VMEM((num_heads, 1), jnp.float32)
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1 + 3 * len(steps),
-        grid=(num_rows, sum(steps)),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), of_row]
-        + [cache_spec(i) for i in range(len(steps)) for _ in "kv"],
-        out_specs=of_row,
-        scratch_shapes=[column, column, pltpu.VMEM((num_heads, head_dim), jnp.float32)],
-    )
-    return pl.pallas_call(
+    of_queries = lambda width: pl.BlockSpec((None, num_queries, width), lambda at, *_: (at, 0, 0))
+    cache = pl.BlockSpec((*((None,) if stacked else ()), None, size, num_kv, head_dim), of_cache)
+    column = pltpu.VMEM((num_queries, 1), jnp.float32)
+    since = () if span.since is None else (jnp.repeat(span.since, num_heads, axis=1)[..., None],)
+    shape = num_steps, num_queries
+    arrays = queries, keys, values, span.stop
+    averages, levels = pl.pallas_call(
         kernel,
-        grid_spec=grid,
-        out_shape=dispatch.result(queries.shape, queries.dtype, queries, keys, values, lengths),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(num_steps, pl.cdiv(keys.shape[-3], size)),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                *[of_queries(1) for _ in since],
+                of_queries(head_dim),
+                cache,
+                cache,
+            ],
+            out_specs=[of_queries(head_dim), of_queries(1)],
+            scratch_shapes=[column, column, pltpu.VMEM((num_queries, head_dim), jnp.float32)],
+        ),
+        out_shape=[
+            dispatch.result((*shape, head_dim), queries.dtype, *arrays),
+            dispatch.result((*shape, 1), jnp.float32, *arrays),
+        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",
     )(
         jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
-        *(x for span in seen for x in span),
+        span.entry,
+        span.start,
+        span.stop,
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
-        queries,
-        *(x for cache in caches for x in cache),
+        *since,
+        queries.reshape(*shape, head_dim),
+        keys,
+        values,
     )
+    return averages.reshape(queries.shape), levels.reshape(queries.shape[:3])
 
 
 def fetched(step: jax.Array, start: jax.Array, end: jax.Array, size: int) -> jax.Array:
@@ -146,15 +199,15 @@ def fetched(step: jax.Array, start: jax.Array, end: jax.Array, size: int) -> jax
     return jnp.minimum(spans.div(start, size) + jnp.maximum(step, 0), spans.div(jnp.maximum(end - 1, 0), size))
 
 
-def choose_block(num_heads: int, num_kv: int, head_dim: int, dtype: jnp.dtype, generation: str | None = None) -> int:
+def choose_block(num_queries: int, num_kv: int, head_dim: int, dtype: jnp.dtype) -> int:
     """Positions of a step: a power of two, as many as are worth a step of the grid and as memory holds."""
     width = jnp.dtype(dtype).itemsize
     heads = max(4 // width, 1 << (num_kv - 1).bit_length())  # as tiles pad them: one of 16 bits to two
     position = heads * pl.cdiv(head_dim, LANES) * LANES * width  # bytes of keys
     # Two blocks of the keys and values of two caches, their masked values, and scores with their temporaries.
-    used = lambda block: block * (10 * position + 6 * 4 * num_heads * num_kv)
+    used = lambda block: block * (10 * position + 6 * 4 * num_queries * num_kv)
     block = 16
-    while 4 * block * position <= STEP_BYTES.get(generation or "", 2**20) and used(2 * block) <= VMEM_BYTES:
+    while 4 * block * position <= STEP_BYTES and used(2 * block) <= VMEM_BYTES:
         block *= 2
     return block
 

@@ -87,10 +87,9 @@ def test_lowers_for_a_tpu_without_a_copy_of_a_layer():
 @pytest.mark.parametrize("shape", [(32, 4, 128), (16, 8, 128), (64, 8, 128), (4, 2, 16), (128, 128, 256)])
 def test_blocks_fit(shape):
     heads, kv, head_dim = shape
-    for generation in (None, *pallas_tpu.STEP_BYTES):
-        block = choose_block(*shape, jnp.dtype("bfloat16"), generation)
-        padded = block * kv * -(-head_dim // 128) * 128 * 2
-        assert block % 16 == 0 and 8 * padded + 4 * heads * kv * block <= pallas_tpu.VMEM_BYTES
+    block = choose_block(*shape, jnp.dtype("bfloat16"))
+    padded = block * kv * -(-head_dim // 128) * 128 * 2
+    assert block % 16 == 0 and 8 * padded + 4 * heads * kv * block <= pallas_tpu.VMEM_BYTES
 
 
 def test_tiles_pad_one_head_of_16_bits_to_two():
