@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import pathlib
+import re
 import typing
 from collections.abc import Callable, Sequence
 
@@ -81,6 +82,19 @@ def load_config(name: str, arg: str = "smoke"):
 def portable(implementations: typing.Iterable[str]) -> list[str]:
     """The implementations of an operation that every platform compiles: those that are no kernels for one kind of chip."""
     return [name for name in implementations if not name.startswith("pallas")]
+
+
+def kernel_calls(text: str, kernel: str) -> int:
+    """How often a lowered program calls custom calls with this word in them, in functions that it calls as well."""
+    parts = [(re.match(r"\S+ @(\S+?)\(", part), part) for part in text.split("func.func ")]
+    functions = {found[1]: part for found, part in parts if found}
+
+    @functools.cache
+    def count(name: str) -> int:
+        called = re.findall(r"call @(\S+?)\(", functions[name])
+        return functions[name].count(kernel) + sum(count(other) for other in called if other in functions)
+
+    return count("main")
 
 
 def one_device() -> list:

@@ -1,5 +1,7 @@
 """Decode attention: one query token a row against its prompt's cache and its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -49,7 +51,8 @@ def decode_attention(
     ``implementation``: "xla" (products a head), "packed_xla" (products over all heads: CPUs and GPUs), "pallas_hopper" (a
     kernel for GPUs of compute capability 9.0: heads of 64 or 128, bf16 or fp16, caches of a multiple of 8 positions),
     "pallas_tpu" (a kernel for TPUs, not for float64) or None, by the platform that it is compiled for. The kernels read no
-    block of positions outside a row's length and window. None is one of them where ``num_shards`` is 1 and no mesh of
+    block of positions outside a row's length and window, and a prompt once for as many of its rows as have 64 queries a key
+    head (Hopper) or 128 queries (TPU), wherever those rows are. None is one of them where ``num_shards`` is 1 and no mesh of
     several devices is in use (``jax.set_mesh``), but inside ``shard_map``: "pallas_hopper" where it fits and the GPU
     is a Hopper; "pallas_tpu" for heads of multiples of 128. It was not timed on a chip yet, but for "xla" the compiler's
     text has a copy of all layers' values in every layer.
@@ -84,10 +87,10 @@ def decode_attention(
 
 def _run(implementation, arrays, options):
     def bound(name):
-        function = dispatch.named("decode_attention", IMPLEMENTATIONS, name)
-        return lambda *arrays: _call(function, arrays, options)
+        return lambda *arrays: _call(arrays, name=name, **options)
 
     if implementation is not None:
+        dispatch.named("decode_attention", IMPLEMENTATIONS, implementation)
         return bound(implementation)(*arrays)
     queries, keys, _, _, prompt, *_ = arrays
     own = dispatch.on_one_device() and options["num_shards"] == 1  # no compiler cuts a kernel over devices
@@ -103,9 +106,12 @@ def _run(implementation, arrays, options):
     )
 
 
-def _call(function, arrays, options):
+# Under jit of its own, so that a model's layers lower it once: a kernel takes half a second.
+@functools.partial(jax.jit, static_argnames=("name", "num_shards", "soft_cap"))
+def _call(arrays, *, name, num_shards, soft_cap):
     queries, keys, values, lengths, prompt, layer, window, scale = arrays
-    return function(queries, keys, values, lengths, prompt, layer, window=window, scale=scale, **options)
+    arrays = queries, keys, values, lengths, prompt, layer
+    return IMPLEMENTATIONS[name](*arrays, num_shards, soft_cap, window, scale)
 
 
 def _prompt(keys, values, lens, index) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None:

@@ -84,7 +84,7 @@ def grouped_matmul(
 
 def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.Array:
     def bound(name):
-        return functools.partial(getattr(IMPLEMENTATIONS[name], method), **static)
+        return functools.partial(_call, name=name, method=method, **static)
 
     if name is not None:
         return bound(name)(*operands)
@@ -99,6 +99,12 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
         tpu=bound("pallas_tpu" if dispatch.on_one_device() else "ragged_dot"),
         default=bound("ragged_dot"),
     )
+
+
+# Under jit of its own, so that a model's layers lower it once: a kernel takes half a second.
+@functools.partial(jax.jit, static_argnames=("name", "method", "transpose_rhs", "dtype"))
+def _call(*operands, name, method, **static):
+    return getattr(IMPLEMENTATIONS[name], method)(*operands, **static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -49,10 +49,13 @@ def _fused(name: str | None, lhs: jax.Array, gate: jax.Array, up: jax.Array) -> 
     return fits and dispatch.on_hopper() is True and dispatch.on_one_device()
 
 
+_kernel = jax.jit(pallas_hopper.swiglu, static_argnames="dtype")  # so that layers of a model lower it once
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(static, lhs, gate, up, group_sizes):
     name, fused = static
-    kernel = functools.partial(pallas_hopper.swiglu, dtype=jnp.result_type(lhs, gate, up))
+    kernel = functools.partial(_kernel, dtype=jnp.result_type(lhs, gate, up))
     plain = lambda *operands: _forward(static, *operands)[0]
     if not fused:
         return plain(lhs, gate, up, group_sizes)

@@ -27,7 +27,7 @@ def calls(model) -> int:
     jax.clear_caches()  # who is asked for devices is not part of a trace's key
     prompts = jax.tree.map(lambda x: x[None], support.tiny_prompts(4, width=WIDTH))
     text = jax.jit(run).trace(prompts).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("mosaic_gpu_v2")
+    return support.kernel_calls(text, "mosaic_gpu_v2")
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pallas_hopper
 from kernels.grouped_matmul.hopper_tiles import BAND, by_size, num_doubles, place, row_tiles
+from tests import support
 
 M, K, N, E = 320, 128, 64, 4
 GROUPS = {"uneven": [10, 0, 190, 70], "at slabs": [64, 128, 127, 1], "one": [0, 320, 0, 0]}
@@ -141,7 +142,8 @@ def test_swiglu(sizes):
 def called(run, *shapes):
     """How many Mosaic GPU kernels a program calls when it is lowered for CUDA, here."""
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2")
+    text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return support.kernel_calls(text, "mosaic_gpu_v2")
 
 
 SHAPES = ((M, K), BF16), ((E, K, N), BF16), ((E,), jnp.int32)
@@ -295,7 +297,7 @@ def test_swiglu_by_default_on_the_chip():
         return out, *pull(g)
 
     program = jax.jit(functools.partial(run, fused)).lower(lhs, gate, up)
-    assert program.as_text().count("mosaic_gpu_v2") == 1 + 2 + 2 + 2
+    assert support.kernel_calls(program.as_text(), "mosaic_gpu_v2") == 1 + 2 + 2 + 2
     wanted = jax.jit(functools.partial(run, unfused))(lhs, gate, up)
     for a, b in zip(program.compile()(lhs, gate, up), wanted, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -327,7 +329,7 @@ def test_the_default_on_the_chip():
 
     arguments = lhs, rhs, jnp.array(sizes), g
     program = jax.jit(run).lower(*arguments)
-    assert program.as_text().count("mosaic_gpu_v2") == 3
+    assert support.kernel_calls(program.as_text(), "mosaic_gpu_v2") == 3
     out, d_lhs, d_rhs = program.compile()(*arguments)
     used = sum(sizes)
     np.testing.assert_allclose(out.astype(F32), product_of(lhs, rhs, sizes), rtol=2**-10, atol=2e-2)
