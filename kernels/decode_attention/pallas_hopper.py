@@ -11,7 +11,10 @@ is not read, but for the rest of the last block. The queries of a key head are p
 what takes the time. They stay in shared memory: a product's operand in registers that the loop never changes was given the
 registers of the weights by ptxas 13.0 where blocks are as long as heads are wide, and lost after the first block.
 
-TIMES
+``python -m kernels.bench --op decode_attention``, jax 0.11.2, microseconds a layer of stacked ones in a compiled loop, bf16:
+128 rows of 256 to 1280 positions, 8 key heads of 128 and 16 query heads on an H200, 115, or 84% of that run's copy rate,
+without temporary memory ("packed_xla" 548, "xla" 926; in another run cuDNN took 445, on layers cut out of the stack). With 8
+prompts of up to 2048 positions, and rows of up to 512, 101 on an H100, where to read a prompt for each of its rows took 213.
 """
 
 import functools

@@ -11,17 +11,17 @@ the shadow of what the other multiplies, and loads go on where a tile ends. ``ho
   gradient of the next group.
 
 One H200, bf16, uneven groups (Dirichlet(2) multinomial), ms of the product and of both gradients, in brackets those of
-``torch._grouped_mm`` 2.11 in the same run (python -m kernels.bench; a dense product 706-767 TFLOP/s):
+``torch._grouped_mm`` 2.11 in the same run (python -m kernels.bench; a dense product 709 TFLOP/s), and of ``swiglu``, in
+brackets of two products and a join:
 
-    T=65536 E=128 2048->768    0.38 (0.42)   0.79 (0.88)
-    T=65536 E=128 768->2048    0.37 (0.42)   0.78 (0.87)
-    T=2048  E=128 2048->768    0.114 (0.136) 0.265 (0.345)
-    T=65536 E=8   4096->14336  11.3 (12.0)
+    T=65536 E=128 2048->768    0.362 (0.405) 0.732 (0.850)  0.740 (0.793)
+    T=65536 E=128 768->2048    0.362 (0.459) 0.731 (0.805)
+    T=2048  E=128 2048->768    0.115 (0.138) 0.265 (0.351)  0.204 (0.223)
+    T=65536 E=8   4096->14336  11.3  (12.0)  22.8  (23.4)   23.2  (24.0)
 
-The first shape with other groups: uniform 0.35 (0.31) and 0.78 (0.80), Dirichlet(0.3) 0.40 (0.40) and 0.87 (0.96), half of
-them empty 0.37 (0.37) and 0.80 (0.89), all rows in one 0.33 (0.34) and 1.12 (1.09): there the weight gradient has but 48
-tiles for 132 multiprocessors. With ``CACHED`` of 1, 32, 64 MiB and without limit its product took 0.40, 0.38, 0.37 and
-0.40 (the others are at 32). Masking g for neighbours too costs the weight gradient 6%.
+The first shape with other groups: uniform 0.349 (0.388) and 0.714 (0.841), Dirichlet(0.3) 0.359 (0.394) and 0.764 (0.915),
+half of them empty 0.328 (0.389) and 0.716 (0.835), all rows in one 0.299 (0.314) and 1.006 (1.084): there the weight
+gradient has but 48 tiles for 132 multiprocessors. Masking g for neighbours too costs the weight gradient 6%.
 """
 
 import functools
