@@ -1,11 +1,12 @@
 """python -m kernels.aot [--op OP] [--case CASE] [--generation GEN]: the real TPU compiler over every kernel, on any machine.
 
 Needs libtpu (``pip install "jax[tpu]"``) and no chip. Prints a line for each op, case and generation with its tiles,
-temporary memory and compile time; exits with 1 when one does not compile.
+fast and temporary memory and compile time; exits with 1 when one does not compile.
 """
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ CACHES = {
     "tiny": (2, 8, 32, 4, 2, 16, 4, 16),
 }
 BF16 = jnp.dtype("bfloat16")
+USED_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
 class Compilation(NamedTuple):
@@ -102,13 +104,22 @@ def _decode_attention(model: str, shape: tuple[int, ...]) -> Iterator[Compilatio
         yield Compilation("decode_attention", f"{case}-prompts", run, arguments, blocks)
 
 
-def compiled(what: Compilation, generation: str) -> int:
-    """Bytes of temporary memory of the compiled program. Raises what the compiler raises."""
+class Memory(NamedTuple):
+    """Bytes: of the fast memory that the largest kernel uses, and of what else a program needs beside its operands."""
+
+    vmem: int
+    temporary: int
+
+
+def compiled(what: Compilation, generation: str) -> Memory:
+    """What the compiler says of the program. Raises what the compiler raises."""
     topology = topologies.get_topology_desc(TOPOLOGIES[generation], platform="tpu")
     place = SingleDeviceSharding(topology.devices[0])
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in what.arguments]
-    memory = jax.jit(what.function).lower(*arguments).compile().memory_analysis()
-    return memory.temp_size_in_bytes if memory is not None else 0
+    program = jax.jit(what.function).lower(*arguments).compile()
+    memory, text = program.memory_analysis(), program.as_text() or ""
+    used = [int(size) for line in text.splitlines() if "tpu_custom_call" in line for size in USED_VMEM.findall(line)]
+    return Memory(max(used, default=0), memory.temp_size_in_bytes if memory is not None else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,18 +136,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     failed = 0
-    print(f"{'generation':10}  {'op':20}  {'case':29}  {'tiles':>16}  {'temporary':>10}  {'compiled in':>11}")
+    heads = f"{'VMEM':>8}  {'temporary':>10}  {'compiled in':>11}"
+    print(f"{'generation':10}  {'op':20}  {'case':29}  {'tiles':>16}  {heads}")
     for generation in args.generation or TOPOLOGIES:
         for what in compilations(generation):
             if (args.op or "") not in what.op or (args.case or "") not in what.case:
                 continue
             began, tiles = time.perf_counter(), "x".join(map(str, what.tiles))
             try:
-                said = f"{compiled(what, generation) / 2**20:6.1f} MiB"
+                vmem, temporary = (f"{size / 2**20:.1f} MiB" for size in compiled(what, generation))
+                said = f"{vmem:>8}  {temporary:>10}"
             except Exception as error:  # whatever the compiler says, the others are still to be tried
                 said, failed = f"FAILED: {str(error).splitlines()[0][:200]}", failed + 1
             print(
-                f"{generation:10}  {what.op:20}  {what.case:29}  {tiles:>16}  {said:>10}  "
+                f"{generation:10}  {what.op:20}  {what.case:29}  {tiles:>16}  {said:>20}  "
                 f"{time.perf_counter() - began:9.1f} s",
                 flush=True,
             )

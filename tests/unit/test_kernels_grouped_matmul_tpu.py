@@ -1,6 +1,7 @@
 """The TPU kernels of grouped_matmul in TPU interpret mode: races are looked for, and memory nobody wrote holds NaN."""
 
 import functools
+import re
 
 import jax
 import jax.export
@@ -151,4 +152,8 @@ def test_over_several_devices_the_compiler_must_be_able_to_cut_it():
 @pytest.mark.tpu
 @pytest.mark.parametrize("generation", aot.TOPOLOGIES)
 def test_the_tpu_compiler_takes_them(generation, capsys):
-    assert aot.main([f"--generation={generation}"]) == 0, capsys.readouterr().out
+    status, table = aot.main([f"--generation={generation}"]), capsys.readouterr().out
+    assert status == 0, table
+    lines = [line for line in table.splitlines() if line.startswith(generation)]
+    assert len(lines) == len(list(aot.compilations(generation)))
+    assert all(re.search(r" [1-9]\d*\.\d MiB .* s$", line) for line in lines if "tiny" not in line), table
