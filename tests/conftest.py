@@ -28,6 +28,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"for a GPU, and jax is on {jax.default_backend()}: set JAX_PLATFORMS=cuda", pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept_of_absent_chips(request: pytest.FixtureRequest):
+    """A program compiled for a TPU that is not here can be kept, but not read again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def keep(programs):
+        jax.config.update("jax_enable_compilation_cache", programs)
+        compilation_cache.reset_cache()  # it asks once
+
+    absent = request.node.get_closest_marker("tpu") is not None
+    if absent:
+        keep(False)
+    yield
+    if absent:
+        keep(True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Each maps pages of memory, of which a process may have some 65,000: a whole suite's would crash the compiler."""
