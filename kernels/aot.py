@@ -87,7 +87,7 @@ def _grouped_matmul(
 def _decode_attention(model: str, shape: tuple[int, ...]) -> Iterator[Compilation]:
     layers, rows, size, heads, kv, head_dim, prompts, prompt = shape
     block_of = lambda queries: decode.choose_block(queries, kv, head_dim, BF16)
-    blocks = block_of(heads), block_of(max(decode.QUERIES // heads, 1) * heads)
+    blocks = block_of(heads), block_of(decode.rows_together(heads) * heads)
     counts = lambda n: ((n,), jnp.dtype("int32"))
 
     def run(q, k, v, lengths, *prompt):

@@ -125,7 +125,7 @@ def _products(name: str, skew: str, dtype, rows: int, groups: int, depth: int, w
         return run
 
     flops, weights, x, y = 2.0 * rows * depth * width, groups * depth * width, rows * depth, rows * width
-    names = ("ragged_dot", *(n for n in PRODUCTS if n != "ragged_dot"))
+    names = tuple(PRODUCTS)
     size = dtype.itemsize
     others = dict(torch=peers.torch_grouped, tokamax=peers.tokamax_grouped)
     yield Case("grouped_matmul", name, flops, size * (x + weights + y), arguments, forward, names, others)
@@ -149,7 +149,7 @@ def _swiglu(name: str, skew: str, dtype, rows: int, groups: int, depth: int, wid
 
     flops = 4.0 * rows * depth * width
     moved = dtype.itemsize * (2 * groups * depth * width + rows * depth + rows * width)
-    names = ("ragged_dot", *(n for n in PRODUCTS if n != "ragged_dot"))
+    names = tuple(PRODUCTS)
     others = {"two products": functools.partial(peers.compiled, two_products)}
     yield Case("grouped_swiglu", name, flops, moved, arguments, run, names, others)
 
@@ -189,7 +189,7 @@ def _attention(
     rng = np.random.default_rng(0)
     lengths = rng.integers(size // 5, size + 1, rows).astype(np.int32)
     lens = rng.integers(width // 5, width + 1, prompts).astype(np.int32)
-    index = rng.permutation(np.arange(rows) % prompts).astype(np.int32) if prompts else lengths
+    index = rng.permutation(np.arange(rows) % prompts if prompts else 0).astype(np.int32)
 
     def arguments():
         keys = iter(jax.random.split(jax.random.key(0), 5))
@@ -212,10 +212,10 @@ def _attention(
 
         return every_layer
 
-    seen = int(lengths.sum()) + (int(lens[index].sum()) if prompts else 0)
+    seen = int(lengths.sum() + lens[index].sum())
     flops = 4.0 * layers * seen * heads * head_dim
     moved = 2.0 * dtype.itemsize * layers * int(lengths.sum() + lens.sum()) * kv * head_dim
-    names = ("xla", *(n for n in ATTENTION if n != "xla"))
+    names = tuple(ATTENTION)
     others = {} if prompts else dict(cudnn=peers.cudnn_attention)
     yield Case("decode_attention, all layers", name, flops, moved, arguments, run, names, others)
 

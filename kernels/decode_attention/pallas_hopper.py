@@ -18,7 +18,6 @@ prompts of up to 2048 positions, and rows of up to 512, 101 on an H100, where to
 """
 
 import functools
-import math
 from typing import NamedTuple, cast
 
 import jax
@@ -28,12 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
 from kernels.decode_attention import spans
-from kernels.decode_attention.sharing import merged, share
+from kernels.decode_attention.sharing import LOG2E, LOWEST, merged, share_prompts
 
 QUERIES = 64  # rows of a tensor core's product
 WANTED = 2 * 132  # blocks of threads: two on each multiprocessor
-LOG2E = math.log2(math.e)
-LOWEST = -1e30  # below every score, and finite: it less itself is 0
 
 
 class Tiles(NamedTuple):
@@ -92,15 +89,11 @@ def decode_attention(
     entries, sizes = zip(*(k.shape[-4:-2] for k, _ in caches), strict=True)
     parts, table, since, num_parts = None, (), (), 0
     if prompt is not None:
-        entry = spans.prompt_entry(jnp.arange(num_rows, dtype=jnp.int32), prompt[3], num_rows, entries[1], num_shards)
-        parts = share(entry, lengths > 0, entries[1], most)
+        parts, seen = share_prompts(lengths, *prompt[2:], sizes[1], most, num_shards=num_shards, window=window)
         num_parts = len(parts.count)
-        lens = prompt[2][entry]
-        starts, stops = spans.bounds(lens, sizes[1], lens + lengths, window)
-        starts, stops = (x[parts.members(most)] for x in (starts, stops))
-        table = parts.count, parts.first, parts.entry, jnp.min(starts, axis=1), stops[:, 0]
-        if window is not None:
-            since = starts[:, jnp.minimum(jnp.arange(QUERIES) // group, most - 1)]
+        table = parts.count, parts.first, seen.entry, seen.start, seen.stop
+        if seen.since is not None:
+            since = seen.since[:, jnp.minimum(jnp.arange(QUERIES) // group, most - 1)]
     tiles = tiles or choose_tiles(num_rows * num_kv, sizes[0], num_parts * num_kv, sizes[-1])
     block, stages = tiles.block, tiles.stages
     num_shared = num_parts * tiles.shared  # tasks of prompts; they come first

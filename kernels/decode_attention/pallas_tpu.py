@@ -11,8 +11,6 @@ fetches nothing, and compute nothing. Each pass is an online softmax in fp32.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +19,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.decode_attention import spans
-from kernels.decode_attention.sharing import merged, share
+from kernels.decode_attention.sharing import LOG2E, LOWEST, Seen, merged, share_prompts
 from kernels.tpu import LANES, VMEM_BYTES
 
 # Keys or values of a step, a guess: with both, a quarter of a microsecond of reading or more, which is a step's overhead.
 STEP_BYTES = 2**20
 QUERIES = 128  # of the rows that share a step, if one has fewer: what a matrix unit multiplies at a time
-LOWEST = -1e30  # below every score, and finite: it less itself is 0
-LOG2E = math.log2(math.e)
 
 
-class Span(NamedTuple):
-    """What the queries of a step see, of T steps."""
-
-    entry: jax.Array  # [T]
-    start: jax.Array  # [T] positions start .. stop - 1 are seen by one of its rows at least
-    stop: jax.Array  # [T]
-    since: jax.Array | None  # [T, rows]: from where each row does; None for from the start
+def rows_together(num_heads: int) -> int:
+    """Rows of a prompt that share a step."""
+    return max(QUERIES // num_heads, 1)
 
 
 def fills_lanes(queries: jax.Array) -> bool:
@@ -73,18 +65,14 @@ def decode_attention(
     attend = functools.partial(_attend, layer=layer, soft_cap=soft_cap, scale=scale, block=block, interpret=interpret)
     row = jnp.arange(num_rows, dtype=jnp.int32)
     start, stop = spans.bounds(lengths, keys.shape[-3], lengths, window)
-    averages, levels = (x[:, 0] for x in attend(queries[:, None], keys, values, Span(row, start, stop, None)))
+    averages, levels = (x[:, 0] for x in attend(queries[:, None], keys, values, Seen(row, start, stop, None)))
     if prompt is None:
         return averages
     prompt_keys, prompt_values, lens, index = prompt
-    entry = spans.prompt_entry(row, index, num_rows, len(lens), num_shards)
-    most = max(QUERIES // num_heads, 1)
-    parts = share(entry, lengths > 0, len(lens), most)
-    members = parts.members(most)
-    start, stop = spans.bounds(lens[entry], prompt_keys.shape[-3], lens[entry] + lengths, window)
-    start, stop = start[members], jnp.where(parts.count > 0, stop[members[:, 0]], 0)
-    span = Span(parts.entry, jnp.min(start, axis=1), stop, None if window is None else start)
-    shared = attend(queries[members], prompt_keys, prompt_values, span)
+    most = rows_together(num_heads)
+    size = prompt_keys.shape[-3]
+    parts, seen = share_prompts(lengths, lens, index, size, most, num_shards=num_shards, window=window)
+    shared = attend(queries[parts.members(most)], prompt_keys, prompt_values, seen)
     at = parts.part * most + parts.place
     shared_averages, shared_levels = (x.reshape(-1, *x.shape[2:])[at] for x in shared)
     return merged([shared_averages, averages], [shared_levels, levels], lengths > 0)
@@ -94,7 +82,7 @@ def _attend(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    span: Span,
+    seen: Seen,
     *,
     layer: jax.Array | None,
     soft_cap: float | None,
@@ -110,7 +98,7 @@ def _attend(
 
     def kernel(layer_ref, entry_ref, start_ref, stop_ref, scale_ref, *refs):
         del layer_ref, entry_ref
-        since_refs, refs = refs[: span.since is not None], refs[span.since is not None :]
+        since_refs, refs = refs[: seen.since is not None], refs[seen.since is not None :]
         query_ref, key_ref, value_ref, out_ref, level_ref, highest, total, average = refs
         at, step = pl.program_id(0), pl.program_id(1)
         start, stop = start_ref[at], stop_ref[at]
@@ -155,9 +143,9 @@ def _attend(
     of_queries = lambda width: pl.BlockSpec((None, num_queries, width), lambda at, *_: (at, 0, 0))
     cache = pl.BlockSpec((*((None,) if stacked else ()), None, size, num_kv, head_dim), of_cache)
     column = pltpu.VMEM((num_queries, 1), jnp.float32)
-    since = () if span.since is None else (jnp.repeat(span.since, num_heads, axis=1)[..., None],)
+    since = () if seen.since is None else (jnp.repeat(seen.since, num_heads, axis=1)[..., None],)
     shape = num_steps, num_queries
-    arrays = queries, keys, values, span.stop
+    arrays = queries, keys, values, seen.stop
     averages, levels = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -182,9 +170,9 @@ def _attend(
         name="decode_attention",
     )(
         jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
-        span.entry,
-        span.start,
-        span.stop,
+        seen.entry,
+        seen.start,
+        seen.stop,
         jnp.asarray(scale, jnp.float32).reshape(1, 1),
         *since,
         queries.reshape(*shape, head_dim),

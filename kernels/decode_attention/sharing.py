@@ -1,12 +1,25 @@
 """Which rows see the same prompt, for kernels that read it once for several of them, and what is then to be merged."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels.decode_attention import spans
+
+LOWEST = -1e30  # the level of what sees nothing: below every score, and finite, so that it less itself is 0
+LOG2E = math.log2(math.e)
+
+
+class Seen(NamedTuple):
+    """What rows that are taken together see of one entry of a cache; T times."""
+
+    entry: jax.Array  # [T]
+    start: jax.Array  # [T] positions start .. stop - 1 are seen by at least one of them
+    stop: jax.Array  # [T]
+    since: jax.Array | None  # [T, rows]: from where each row does; None for from the start
 
 
 class Parts(NamedTuple):
@@ -23,6 +36,27 @@ class Parts(NamedTuple):
         """[C, most]: a part's rows, its last one again where it has fewer."""
         nth = jnp.minimum(jnp.arange(most)[None], self.count[:, None] - 1)
         return self.order[self.first[:, None] + jnp.maximum(nth, 0)]
+
+
+def share_prompts(
+    lengths: jax.Array,
+    lens: jax.Array,
+    index: jax.Array,
+    size: int,
+    most: int,
+    *,
+    num_shards: int,
+    window: jax.Array | None,
+) -> tuple[Parts, Seen]:
+    """Parts of at most ``most`` of the rows with ``lengths`` [B] of their own, and what they see of a cache of prompts with
+    ``size`` positions, by the arguments of ``decode_attention``."""
+    row = jnp.arange(len(lengths), dtype=jnp.int32)
+    entry = spans.prompt_entry(row, index, len(lengths), len(lens), num_shards)
+    parts = share(entry, lengths > 0, len(lens), most)
+    members = parts.members(most)
+    starts, stops = spans.bounds(lens[entry], size, lens[entry] + lengths, window)
+    since, stop = starts[members], jnp.where(parts.count > 0, stops[members[:, 0]], 0)
+    return parts, Seen(parts.entry, jnp.min(since, axis=1), stop, None if window is None else since)
 
 
 def share(entries: jax.Array, seen: jax.Array, num_entries: int, most: int) -> Parts:

@@ -30,10 +30,9 @@ def num_doubles(num_rows: int, num_groups: int) -> int:
 def row_tiles(group_sizes: jax.Array, num_rows: int) -> RowTiles:
     """The tiles of all groups, and of what lies beyond them as if it were one. Two reductions, each a kernel on a GPU."""
     num_groups = len(group_sizes)
-    index = jnp.arange(num_groups, dtype=jnp.int32)
     kinds = jnp.stack(_tiles_of(group_sizes))
     total = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)
-    until = total(jnp.where(index[None] <= index[:, None], kinds[:, None], 0))  # [2, E]
+    until = _running_sum(kinds)  # [2, E]
 
     places = num_doubles(num_rows, num_groups)
     slot = jnp.arange(places + num_groups + 1, dtype=jnp.int32)
@@ -83,9 +82,9 @@ def by_size(group_sizes: jax.Array, num_rows: int) -> Groups:
 
 
 def _running_sum(x: jax.Array) -> jax.Array:
-    """``jnp.cumsum``, which a GPU would run as several small kernels, as one."""
-    index = jnp.arange(len(x))
-    return jnp.sum(jnp.where(index[None] <= index[:, None], x[None], 0), axis=1, dtype=jnp.int32)
+    """``jnp.cumsum`` of the last axis, which a GPU would run as several small kernels, as one."""
+    index = jnp.arange(x.shape[-1])
+    return jnp.sum(jnp.where(index[None] <= index[:, None], x[..., None, :], 0), axis=-1, dtype=jnp.int32)
 
 
 def place(index: jax.Array, rows: jax.Array | int, columns: int) -> tuple[jax.Array, jax.Array]:

@@ -34,14 +34,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
+from kernels.grouped_matmul.hopper_pipeline import (
+    COLUMNS,
+    LINE,
+    STAGES,
+    STORES,
+    Ring,
+    kernel,
+    store_slabs,
+    tiled,
+    two_views,
+    views,
+    work,
+)
 from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, num_doubles, place, remainder, row_tiles
 
-COLUMNS = 256  # of a tile: 128 registers of a thread
 STEP = 64  # contracted at a time
-STAGES = 4  # steps in shared memory
-STORES = 2  # pieces of a slab on their way to memory
 NO_GROUP = 2**30
-LINE = 128  # bytes of a row in shared memory: the widest swizzle
 
 
 def product(
@@ -90,15 +99,15 @@ def _by_row_tiles(name, join, lhs, matrices, group_sizes, *, transpose_rhs, dtyp
         return jnp.zeros(out.shape, dtype)
     tile = (columns, STEP) if transpose_rhs else (STEP, columns)
     memory = [
-        _two_views((STAGES, TEAM, SLAB, STEP), lhs.dtype, interpret),
-        _tiled((STAGES, len(matrices), *tile), rhs.dtype),
-        _two_views((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype, interpret),
+        two_views((STAGES, TEAM, SLAB, STEP), lhs.dtype, interpret),
+        tiled((STAGES, len(matrices), *tile), rhs.dtype),
+        two_views((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype, interpret),
         plgpu.Barrier(num_arrivals=TEAM + len(matrices), num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
     ]
     body = functools.partial(_product, join=join, transpose_rhs=transpose_rhs, interpret=interpret)
     # Lanes, because two views of one memory are beyond the layouts that jax 0.10 infers for warpgroups.
-    run = _kernel(name, body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
+    run = kernel(name, body, out, memory, plgpu.LoweringSemantics.Lane, blocks, interpret)
     made = run(*row_tiles(group_sizes, num_rows), lhs, *matrices)
     return dispatch.varying(made, lhs, *matrices, group_sizes)
 
@@ -113,9 +122,9 @@ class _ProductTile(NamedTuple):
 
 def _product(*refs, join: Callable, transpose_rhs: bool, interpret: Any):
     group, first, second, end, counts, lhs, *matrices, out, lhs_memory, rhs_tiles, out_memory, full, empty = refs
-    lhs_rows, lhs_tiles = _views(lhs_memory, interpret)
-    out_rows, out_tiles = _views(out_memory, interpret)
-    me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
+    lhs_rows, lhs_tiles = views(lhs_memory, interpret)
+    out_rows, out_tiles = views(out_memory, interpret)
+    me, ring = jax.lax.axis_index("warpgroup"), Ring(full, empty)
     width = COLUMNS // len(matrices)
     columns = pl.cdiv(out.shape[1], width)
 
@@ -182,7 +191,7 @@ def _product(*refs, join: Callable, transpose_rhs: bool, interpret: Any):
 
         @pl.when(row < tile.end)
         def _():
-            _store(join, ring.multiply(steps, step, operands, len(matrices)), out_tiles.at[me], store)
+            store_slabs(join, ring.multiply(steps, step, operands, len(matrices)), out_tiles.at[me], store)
 
         @pl.when(row >= tile.end)
         def _():
@@ -194,7 +203,7 @@ def _product(*refs, join: Callable, transpose_rhs: bool, interpret: Any):
     block = jax.lax.axis_index("block")
     cursors = block, remainder(block + blocks - remainder(totals[0], blocks), blocks)
     number = [divide(total - at + blocks - 1, blocks) for total, at in zip(totals, cursors, strict=True)]
-    _work(ring, number[0] + number[1], cursors, find, load, multiply)
+    work(ring, number[0] + number[1], cursors, find, load, multiply)
 
 
 def weight_gradient(
@@ -213,15 +222,15 @@ def weight_gradient(
     if 0 in (num_rows, *out.shape):
         return jnp.zeros(out.shape, dtype)
     memory = [
-        _tiled((STAGES, TEAM, STEP, SLAB), lhs.dtype),
-        _tiled((STAGES, STEP, COLUMNS), g.dtype),
-        _tiled((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype),
+        tiled((STAGES, TEAM, STEP, SLAB), lhs.dtype),
+        tiled((STAGES, STEP, COLUMNS), g.dtype),
+        tiled((TEAM, STORES, SLAB, LINE // dtype.itemsize), dtype),
         plgpu.Barrier(num_arrivals=1 + TEAM, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=TEAM, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=TEAM),
     ]
     semantics = plgpu.LoweringSemantics.Warpgroup
-    run = _kernel("grouped_matmul_weight_gradient", _gradient, out, memory, semantics, blocks, interpret)
+    run = kernel("grouped_matmul_weight_gradient", _gradient, out, memory, semantics, blocks, interpret)
     return dispatch.varying(run(*by_size(group_sizes, num_rows), lhs, g), lhs, g, group_sizes)
 
 
@@ -236,7 +245,7 @@ class _GradientTile(NamedTuple):
 
 
 def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_tiles, full, empty, masked):
-    me, ring = jax.lax.axis_index("warpgroup"), _Ring(full, empty)
+    me, ring = jax.lax.axis_index("warpgroup"), Ring(full, empty)
     groups, blocks = out.shape[0], jax.lax.axis_size("block")
     rows, columns = pl.cdiv(out.shape[1], TEAM * SLAB), pl.cdiv(out.shape[2], COLUMNS)
 
@@ -287,138 +296,12 @@ def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_til
             to = out.at[tile.group, slab, pl.ds(tile.column * COLUMNS + at, out_tiles.shape[-1])]
             plgpu.copy_smem_to_gmem(out_tiles.at[me, slot], to, commit_group=False)
 
-        _store(lambda slab: slab, ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
+        store_slabs(lambda slab: slab, ring.multiply(tile.steps, step, operands), out_tiles.at[me], store)
         return step + tile.steps
 
     block = jax.lax.axis_index("block")
     count = divide(groups * rows * columns - block + blocks - 1, blocks)
-    _work(ring, count, block, find, load, multiply)
-
-
-class _Ring(NamedTuple):
-    """Stages of shared memory between the warpgroup that loads and those that multiply; steps are counted over all tiles."""
-
-    full: Any  # barriers [STAGES]: loaded
-    empty: Any  # multiplied by all
-
-    def fill(self, steps: jax.Array, step: jax.Array, fetch: Callable) -> jax.Array:
-        """``fetch(k, slot)`` for each of a tile's steps, once the slot is free."""
-
-        def body(k, step):
-            @pl.when(step >= STAGES)
-            def _():
-                plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
-
-            fetch(k, remainder(step, STAGES))
-            return step + 1
-
-        return jax.lax.fori_loop(0, steps, body, step)
-
-    def drain(self, step: jax.Array) -> None:
-        """Waits for those that multiply."""
-
-        @pl.loop(jnp.maximum(step - STAGES, 0), step)
-        def _(step):
-            plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
-
-    def multiply(self, steps: jax.Array, step: jax.Array, operands: Callable, products: int = 1) -> list[jax.Array]:
-        """So many of [SLAB, COLUMNS / products] in fp32: the first of ``operands(k, slot)`` times each of the others, summed
-        over a tile's steps, one behind the one before."""
-
-        def scope(*totals):
-            def body(k, step):
-                plgpu.barrier_wait(self.full.at[remainder(step, STAGES)])
-                lhs, *others = operands(k, remainder(step, STAGES))
-                for total, rhs in zip(totals, others, strict=True):
-                    plgpu.wgmma(total, lhs, rhs)
-                plgpu.wgmma_wait(products)
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(step - 1, STAGES)]))
-                return step + 1
-
-            done = jax.lax.fori_loop(0, steps, body, step)
-            results = [total[...] for total in totals]
-            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(done - 1, STAGES)]))
-            return results
-
-        return pl.run_scoped(scope, *[plgpu.ACC((SLAB, COLUMNS // products), jnp.float32)] * products)
-
-    def skip(self, steps: jax.Array, step: jax.Array) -> None:
-        """Lets a tile's steps pass."""
-
-        @pl.loop(0, steps)
-        def _(k):
-            plgpu.barrier_wait(self.full.at[remainder(step + k, STAGES)])
-            plgpu.barrier_arrive(self.empty.at[remainder(step + k, STAGES)])
-
-
-def _work(ring: _Ring, count: jax.Array, cursors: Any, find: Callable, load: Callable, multiply: Callable) -> None:
-    """``count`` tiles, ``tile, cursors = find(cursors)``: ``step = load(tile, step)`` in one warpgroup, ``multiply`` in the
-    others. A tile is looked up before the one before it is worked on, which hides how long that takes."""
-    me = jax.lax.axis_index("warpgroup")
-
-    def each_tile(run):
-        def body(_, carry):
-            step, tile, cursors = carry
-            following = find(cursors)
-            return run(tile, step), *following
-
-        return jax.lax.fori_loop(0, count, body, (jnp.int32(0), *find(cursors)))[0]
-
-    @pl.when(me == TEAM)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-        ring.drain(each_tile(load))
-
-    @pl.when(me < TEAM)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        each_tile(multiply)
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _store(join: Callable, slabs: list[jax.Array], pieces: Any, copy: Callable) -> None:
-    """``join(*slabs)`` by pieces of so many columns: ``copy(slot, column)`` sends what lies in ``pieces[slot]``."""
-    width = pieces.shape[-1]
-    for i in range(slabs[0].shape[1] // width):
-        plgpu.wait_smem_to_gmem(STORES - 1, wait_read_only=True)
-        pieces[i % STORES] = join(*(slab[:, i * width : (i + 1) * width] for slab in slabs)).astype(pieces.dtype)
-        plgpu.commit_smem()
-        copy(i % STORES, i * width)
-        plgpu.commit_smem_to_gmem_group()
-
-
-def _kernel(name, body, out, memory, semantics, blocks, interpret):
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=memory,
-        grid=(blocks or _multiprocessors(),),
-        grid_names=("block",),
-        num_threads=TEAM + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, approx_math=True),
-        interpret=interpret,
-        kernel_name=name,
-    )
-
-
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype):
-    """Shared memory as wgmma reads it."""
-    transforms = plgpu.TilingTransform((8, LINE // dtype.itemsize)), plgpu.SwizzleTransform(LINE)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: Any):
-    """The same, and row by row: rows of one line lie alike in both, and only the second can be copied to or from any row.
-
-    The interpreter knows no layouts, and would give each view a memory of its own.
-    """
-    rows = plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(LINE),))
-    return _tiled(shape, dtype) if interpret else plgpu.RefUnion(rows, _tiled(shape, dtype))
-
-
-def _views(memory: Any, interpret: Any) -> Any:
-    return (memory, memory) if interpret else memory
+    work(ring, count, block, find, load, multiply)
 
 
 def refusal(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> str:
@@ -434,10 +317,10 @@ def refusal(lhs: jax.Array, other: jax.Array, dtype: jnp.dtype) -> str:
     return ""
 
 
-def _multiprocessors() -> int:
-    """132, of an H100 or H200, where nothing tells."""
-    device = dispatch.gpu()
-    return 132 if device is None else getattr(device, "core_count", 0) or getattr(device, "num_cores", 0) or 132
+def is_default(dtype: jnp.dtype, lhs: jax.Array, *others: jax.Array) -> bool:
+    """Whether a program that is traced now has these kernels where it is lowered for CUDA, if nobody names others."""
+    fits = not any(refusal(lhs, other, dtype) for other in others)
+    return fits and dispatch.on_hopper() is True and dispatch.on_one_device()
 
 
 def _check(op: str, dtype: jnp.dtype, lhs: jax.Array, *others: jax.Array) -> None:

@@ -17,6 +17,9 @@ class Implementation(NamedTuple):
 
     product: Callable[..., jax.Array]
     weight_gradient: Callable[..., jax.Array]  # [E, K, N]: lhs^T g within each group
+    swiglu: Callable[..., jax.Array] | None = (
+        None  # ``swiglu(lhs, gate, up, group_sizes, dtype)``; None: two products, joined
+    )
 
 
 # A backend is one more file and one more line here, chosen by platform in `_run`.
@@ -25,7 +28,7 @@ IMPLEMENTATIONS = {
     "batched_xla": Implementation(batched_xla.product, batched_xla.weight_gradient),
     "blocked_xla": Implementation(blocked_xla.product, blocked_xla.weight_gradient),
     "pallas_tpu": Implementation(pallas_tpu.product, pallas_tpu.weight_gradient),
-    "pallas_hopper": Implementation(pallas_hopper.product, pallas_hopper.weight_gradient),
+    "pallas_hopper": Implementation(pallas_hopper.product, pallas_hopper.weight_gradient, pallas_hopper.swiglu),
 }
 
 
@@ -84,13 +87,12 @@ def grouped_matmul(
 
 def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.Array:
     def bound(name):
-        return functools.partial(_call, name=name, method=method, **static)
+        return functools.partial(call, name=name, method=method, **static)
 
     if name is not None:
         return bound(name)(*operands)
     lhs, other, _ = operands
-    fits = not pallas_hopper.refusal(lhs, other, static["dtype"])
-    hopper = fits and dispatch.on_hopper() and dispatch.on_one_device()
+    hopper = pallas_hopper.is_default(static["dtype"], lhs, other)
     # Decided when lowered, not when traced: a CPU machine may be compiling for a TPU.
     return jax.lax.platform_dependent(
         *operands,
@@ -103,7 +105,7 @@ def _run(name: str | None, method: str, *operands: jax.Array, **static) -> jax.A
 
 # Under jit of its own, so that a model's layers lower it once: a kernel takes half a second.
 @functools.partial(jax.jit, static_argnames=("name", "method", "transpose_rhs", "dtype"))
-def _call(*operands, name, method, **static):
+def call(*operands: jax.Array, name: str, method: str, **static) -> jax.Array:
     return getattr(IMPLEMENTATIONS[name], method)(*operands, **static)
 
 

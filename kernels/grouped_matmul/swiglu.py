@@ -44,18 +44,15 @@ def grouped_swiglu(
 
 def _fused(name: str | None, lhs: jax.Array, gate: jax.Array, up: jax.Array) -> bool:
     if name is not None:
-        return name == "pallas_hopper"
-    fits = not any(pallas_hopper.refusal(lhs, matrices, jnp.result_type(lhs, matrices)) for matrices in (gate, up))
-    return fits and dispatch.on_hopper() is True and dispatch.on_one_device()
-
-
-_kernel = jax.jit(pallas_hopper.swiglu, static_argnames="dtype")  # so that layers of a model lower it once
+        return public.IMPLEMENTATIONS[name].swiglu is not None
+    return pallas_hopper.is_default(jnp.result_type(lhs, gate, up), lhs, gate, up)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(static, lhs, gate, up, group_sizes):
     name, fused = static
-    kernel = functools.partial(_kernel, dtype=jnp.result_type(lhs, gate, up))
+    dtype = jnp.result_type(lhs, gate, up)
+    kernel = functools.partial(public.call, name=name or "pallas_hopper", method="swiglu", dtype=dtype)
     plain = lambda *operands: _forward(static, *operands)[0]
     if not fused:
         return plain(lhs, gate, up, group_sizes)

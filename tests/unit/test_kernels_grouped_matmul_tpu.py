@@ -132,9 +132,8 @@ def test_what_a_tpu_program_calls():
 
     run = jax.jit(jax.grad(loss, (0, 1)))
     text = str(jax.export.export(run, platforms=["tpu"])(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).mlir_module())
-    assert (
-        support.kernel_calls(text, "tpu_custom_call") == 2
-    )  # the gradients; the product itself is not needed for them
+    # The gradients; the product itself is not needed for them.
+    assert support.kernel_calls(text, "tpu_custom_call") == 2
     assert "ragged_dot" not in text and "dot_general" not in text
 
 
