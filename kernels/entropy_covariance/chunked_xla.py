@@ -70,8 +70,8 @@ def backward(static, residuals, g):
         raw, is_target = block.raw(start, width)
         dz = rows.cotangent(temper(raw), is_target, column(logsumexp), column(entropy), g)
         d_raw = (dz * rows.slope(raw, temperature, static[0])).reshape(raw.shape[0], -1)
-        more, d_block = gradients(block.hidden, block.weight(start, width), d_raw)
-        d_block = d_block.astype(unembedding.dtype).reshape(*block.shape[:2], width)
+        more, d_block = gradients(block.hidden, block.weight(start, width), d_raw, unembedding.dtype)
+        d_block = d_block.reshape(*block.shape[:2], width)
         return d_hidden + more, jax.lax.dynamic_update_slice_in_dim(d_weight, d_block, start, axis=2)
 
     init = jnp.zeros(hidden.shape, block.dtype), jnp.zeros(block.shape, unembedding.dtype)

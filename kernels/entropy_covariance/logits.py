@@ -40,15 +40,21 @@ class Head(NamedTuple):
         return dz * rows.slope(raw, self.temperature, self.soft_cap)
 
 
-def gradients(hidden: jax.Array, unembedding: jax.Array, d_raw: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of both operands from that of their product, accumulated in fp32 at least.
+def gradients(
+    hidden: jax.Array, unembedding: jax.Array, d_raw: jax.Array, dtype: jnp.dtype | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of both operands from that of their product, accumulated in fp32 at least; the second is rounded to
+    ``dtype``, if that is given.
 
     ``d_raw`` is rounded to the operands' type first: autodiff would widen them instead, and a bf16 product that has
     become one of fp32 takes several times as long. Infinite weights belong to columns of probability 0.
     """
     operands = jnp.result_type(hidden, unembedding)
     accumulate = jnp.promote_types(operands, jnp.float32)
+    dtype = accumulate if dtype is None else dtype
     d_raw = d_raw.astype(operands)
     finite = jnp.where(jnp.isfinite(unembedding), unembedding, 0).astype(operands)  # no 0 * inf
     d_hidden = jnp.einsum("nv,dv->nd", d_raw, finite, preferred_element_type=accumulate)
-    return d_hidden, jnp.einsum("nd,nv->dv", hidden.astype(operands), d_raw, preferred_element_type=accumulate)
+    written = dtype if dtype == operands else accumulate  # a product rounds to its operands' type by itself
+    d_weight = jnp.einsum("nd,nv->dv", hidden.astype(operands), d_raw, preferred_element_type=written)
+    return d_hidden, d_weight.astype(dtype)

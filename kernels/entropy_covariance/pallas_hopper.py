@@ -1,16 +1,16 @@
 """Kernels for a Hopper GPU (Mosaic GPU): the statistics in one pass over the vocabulary, and a block's cotangent.
 
-Tiles of both operands stream through shared memory (TMA) into the tensor cores (wgmma); no logits leave the registers.
-Of a block's three warpgroups one issues the copies and two hold a product of ROWS rows and COLUMNS columns each, the
-same columns. Two blocks make a cluster: other rows, the same columns, of which each copies half for both.
+No logits leave the registers of a forward pass that nobody differentiates. A backward pass goes over blocks of the
+vocabulary, and the cotangent of each, in the operands' type, is what it needs memory for. Logits of the first block wait
+there from the forward pass on: 16 bits, less the highest of their row in a tile, so that those that matter keep their
+digits, and that one all of them. Those of other blocks a kernel computes again. XLA's products do the rest.
 
-The backward pass computes the logits again, a block of the vocabulary at a time, and writes the cotangent of the block in
-the operands' type; XLA's products do the rest.
-
-On one H200 at N=16384 D=2048 V=151936 in bf16, one run, where the product alone took 14.8 ms: the statistics 15.2 ms, the
-cotangents of all blocks 14.7 ms, forward and backward 62.5 ms with 1.0 GB of temporary memory. That is four products, 59 ms;
-autodiff of full logits makes three, in 54.1 ms with 19.9 GB. Cotangents without clusters take 3% longer, statistics by 64
-columns at a time 2%; a warpgroup that starts three steps after the other (as in the 62.5 ms) changes neither by 1%.
+On one H200 at N=16384 D=2048 V=151936 in bf16, one run, where the product alone took 14.7 ms: the statistics 15.6 ms,
+forward and backward 60.1 ms with 1.4 GB of temporary memory, a fifth of the logits being kept. That is 3.8 products, 56 ms;
+``reference``, which keeps all logits in fp32 and makes three, takes 53.2 ms with 14.9 GB. Blocks of half the size take
+62.9 ms with 0.9 GB. In one block the kernel is the faster of the two, with two thirds of the memory: 51.8 ms with 10.0 GB,
+and 6.5 ms for 7.0 where N is 2048. Cotangents without clusters take 3% longer, statistics by 64 columns at a time 2%; a
+warpgroup that starts three steps after the other changes neither by 1%.
 """
 
 import functools
@@ -25,18 +25,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
 from kernels.entropy_covariance import chunked_xla, rows
+from kernels.entropy_covariance.hopper_stream import (
+    COLUMNS,
+    DEPTH,
+    ROWS,
+    STAGES,
+    TRANSFORMS,
+    UNIT,
+    WARPGROUPS,
+    Walk,
+    stream,
+)
 from kernels.entropy_covariance.logits import Head, gradients
 
-ROWS, COLUMNS = 64, 256  # of a warpgroup's product: 128 registers a thread
-DEPTH = 64  # contracted in a step: a line of 128 bytes
-WARPGROUPS, BLOCKS = 2, 2  # that compute in a block of threads; of a cluster
-UNIT = ROWS * WARPGROUPS * BLOCKS  # rows of a cluster
-STAGES = 4  # steps in flight; one less where the memory of one is what a cotangent leaves through
-MULTIPROCESSORS = 132  # of an H100 SXM or H200; with fewer, some clusters wait for others to end
-GROUP = 16  # units of rows that pass over the vocabulary together: they stay in the L2 cache
-MAX_SPLITS = 64
-BLOCK_BYTES = 2**29  # of the cotangent of a block of the vocabulary
-TRANSFORMS = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
+BLOCK_BYTES = 2**30  # of a block's cotangent, or its logits
 LOG2E = math.log2(math.e)
 NOTHING = (-jnp.inf, -1.0, 0.0, 0.0)  # rows.Partial of no column
 
@@ -77,51 +79,107 @@ def token_statistics(
     """
     if why := unfit(hidden, unembedding, row_shards, vocab_shards):
         raise ValueError(f'token_statistics: implementation="pallas_hopper" {why}')
-    static = head.soft_cap, head.vocab_size, interpret
+    static = _Static(head.soft_cap, head.vocab_size, interpret)
     return _statistics(static, hidden, unembedding, targets, head.temperature)
+
+
+class _Static(NamedTuple):
+    soft_cap: float | None
+    vocab_size: int
+    interpret: object
+
+
+class Kept(NamedTuple):
+    """Logits of the first ``C`` columns, before temperature and cap."""
+
+    below: jax.Array  # [N, C] in fp16, less the highest of the row in the tile
+    highest: jax.Array  # [tiles, N]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(static, hidden, unembedding, targets, temperature):
-    vocab_size = static[1]
-    walk = Walk.over(hidden.shape[0], vocab_size)
-    parts = _partials(walk, static, hidden, unembedding, targets, temperature)
-    parts = tuple(dispatch.varying(x, hidden, unembedding, targets) for x in parts[:, :, : hidden.shape[0]])
-    both = lambda a, b: tuple(rows.merge(rows.Partial(*a), rows.Partial(*b)))
-    total = rows.Partial(*lax.reduce(parts, tuple(jnp.float32(x) for x in NOTHING), both, (0,)))
-    padding = (targets >= vocab_size) & (targets < unembedding.shape[1])
-    return rows.finish(total._replace(target=jnp.where(padding, -jnp.inf, total.target)))
+    parts, _ = _partials(static, 0, static.vocab_size, False, hidden, unembedding, targets, temperature)
+    return _finish(static, parts, hidden, unembedding, targets)
 
 
 def _forward(static, hidden, unembedding, targets, temperature):
-    out = _statistics(static, hidden, unembedding, targets, temperature)
-    return out, (hidden, unembedding, targets, temperature, out)
+    operands = hidden, unembedding, targets, temperature
+    width = block_width(hidden.shape[0], unembedding.shape[1])
+    parts, kept = _partials(static, 0, width, True, *operands)
+    if width < static.vocab_size:
+        others, _ = _partials(static, width, static.vocab_size, False, *operands)
+        parts = jnp.concatenate([parts, others], axis=1)
+    out = _finish(static, parts, hidden, unembedding, targets)
+    return out, (*operands, out, kept)
+
+
+def _finish(static, parts, hidden, unembedding, targets):
+    parts = tuple(dispatch.varying(x, hidden, unembedding, targets) for x in parts[:, :, : hidden.shape[0]])
+    both = lambda a, b: tuple(rows.merge(rows.Partial(*a), rows.Partial(*b)))
+    total = rows.Partial(*lax.reduce(parts, tuple(jnp.float32(x) for x in NOTHING), both, (0,)))
+    padding = (targets >= static.vocab_size) & (targets < unembedding.shape[1])
+    return rows.finish(total._replace(target=jnp.where(padding, -jnp.inf, total.target)))
 
 
 def _backward(static, residuals, g):
-    hidden, unembedding, targets, temperature, (_, entropy, logsumexp) = residuals
-    depth, vocab = unembedding.shape
+    hidden, unembedding, targets, temperature, (_, entropy, logsumexp), kept = residuals
+    num_rows, vocab = hidden.shape[0], unembedding.shape[1]
     g_logprob, g_entropy, g_logsumexp = (x / temperature.astype(x.dtype) for x in g)
     # rows.cotangent in bits: p (constant + linear * log2 p), and more for the target.
     constant, linear = g_logsumexp - g_logprob - g_entropy * entropy, -g_entropy / LOG2E
     row_values = jnp.stack([logsumexp * LOG2E, constant, linear, g_logprob])
 
-    def body(start, width, carry):
-        d_hidden, d_weight = carry
+    def products(start, width, cotangent):
         weight = lax.dynamic_slice_in_dim(unembedding, start, width, axis=1)
-        d_raw = _cotangent(static, hidden, weight, targets - start, row_values, temperature, start)
-        more, d_block = gradients(hidden, weight, d_raw)
-        d_weight = lax.dynamic_update_slice_in_dim(d_weight, d_block.astype(unembedding.dtype), start, axis=1)
-        return d_hidden + more, d_weight
+        return gradients(hidden, weight, cotangent, unembedding.dtype)
 
-    init = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((depth, vocab), unembedding.dtype)
-    init = tuple(dispatch.varying(x, hidden, unembedding, targets) for x in init)
-    width = block_width(hidden.shape[0], vocab)
-    d_hidden, d_weight = chunked_xla.each_block(vocab, width, body, init)
+    def add(start, width, carry):
+        start, (d_hidden, d_weight) = start + first, carry
+        cotangent = _cotangent(static, start, width, hidden, unembedding, targets, row_values, temperature)
+        more, d_block = products(start, width, cotangent)
+        return d_hidden + more, lax.dynamic_update_slice_in_dim(d_weight, d_block, start, axis=1)
+
+    first = block_width(num_rows, vocab)
+    # A block that is all is small: 5% faster at once than in a loop, for as much memory again.
+    cotangent = _of_kept(static, kept, targets, row_values, temperature, hidden.dtype, at_once=first == vocab)
+    d_hidden, d_weight = products(0, first, cotangent)
+    if first < vocab:
+        d_weight = jnp.pad(d_weight, ((0, 0), (0, vocab - first)))
+        d_hidden, d_weight = chunked_xla.each_block(vocab - first, first, add, (d_hidden, d_weight))
     return d_hidden.astype(hidden.dtype), d_weight, None, None
 
 
 _statistics.defvjp(_forward, _backward)
+
+
+def _of_kept(static, kept, targets, row_values, temperature, dtype, at_once):
+    """Cotangent of kept logits: at once, or in their memory, by a loop over rows that overwrites what it carries."""
+
+    def overwrite(start, size, memory):
+        of = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
+        below = lax.bitcast_convert_type(of(memory, 0), jnp.float16).astype(jnp.float32)
+        highest = jnp.repeat(of(kept.highest, 1).T, COLUMNS, axis=1)
+        raw = below + highest[:, : below.shape[1]]
+        column = lax.broadcasted_iota(jnp.int32, raw.shape, 1)
+        limits = temperature.astype(jnp.float32), static.soft_cap, static.vocab_size
+        dz = _of_logits(raw, column, of(targets, 0)[:, None], of(row_values, 1)[..., None], *limits)
+        dz = lax.bitcast_convert_type(dz.astype(dtype), memory.dtype)
+        return lax.dynamic_update_slice_in_dim(memory, dz, start, 0)
+
+    num_rows, memory = len(targets), lax.bitcast_convert_type(kept.below, jnp.uint16)
+    memory = chunked_xla.each_block(num_rows, num_rows if at_once else max(num_rows // 4, 1), overwrite, memory)
+    return lax.bitcast_convert_type(memory, dtype)
+
+
+def _of_logits(raw, column, target, row_values, temperature, soft_cap, limit):
+    """Cotangent of raw logits of these columns; what a row has one of is spread over the columns, or can be."""
+    logsumexp, constant, linear, more = row_values
+    capped = rows.capped(raw, soft_cap)
+    logp = jnp.maximum(capped * (LOG2E / temperature) - logsumexp, rows.IMPOSSIBLE)
+    dz = jnp.exp2(logp) * (constant + linear * logp) + jnp.where(column == target, more, 0)
+    if soft_cap is not None:
+        dz *= 1 - (jnp.maximum(capped, -soft_cap) / soft_cap) ** 2
+    return jnp.where(column < limit, dz, 0)
 
 
 def block_width(num_rows: int, vocab: int) -> int:
@@ -131,37 +189,15 @@ def block_width(num_rows: int, vocab: int) -> int:
     return vocab if num_blocks == 1 else pl.cdiv(vocab, num_blocks * COLUMNS) * COLUMNS
 
 
-class Walk(NamedTuple):
-    """The way of a grid of clusters over units of rows and splits of the vocabulary: runs of tiles of COLUMNS columns."""
-
-    units: int
-    tiles: int
-    splits: int
-    run: int  # tiles of a split; the last may have fewer
-    clusters: int
-
-    @classmethod
-    def over(cls, num_rows: int, num_columns: int, run: int | None = None) -> "Walk":
-        """Runs of ``run`` tiles; None for the fewest splits with which the busiest cluster has the least to do."""
-        units, tiles = pl.cdiv(num_rows, UNIT), pl.cdiv(num_columns, COLUMNS)
-        clusters = MULTIPROCESSORS // BLOCKS
-        busiest = lambda splits: pl.cdiv(units * splits, clusters) * pl.cdiv(tiles, splits)
-        run = run or pl.cdiv(tiles, min(range(1, min(tiles, MAX_SPLITS) + 1), key=busiest))
-        splits = pl.cdiv(tiles, run)
-        return cls(units, tiles, splits, run, min(clusters, units * splits))
-
-    def place(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(unit, split) of the i-th visit: the units of a group go over the splits together."""
-        group, i = lax.div(i, GROUP * self.splits), lax.rem(i, GROUP * self.splits)
-        units = jnp.minimum(GROUP, self.units - group * GROUP)
-        return group * GROUP + lax.rem(i, units), lax.div(i, units)
-
-
-def _partials(walk, static, hidden, unembedding, targets, temperature):
-    """Fields of ``rows.Partial`` [4, splits, N], N up to a multiple of UNIT."""
+def _partials(static, start, stop, keep, hidden, unembedding, targets, temperature):
+    """Of columns from ``start`` to ``stop``: fields of ``rows.Partial`` [4, splits, N], N up to a multiple of UNIT, and the
+    logits if they are to be kept."""
     soft_cap, vocab_size, interpret = static
+    num_rows, real = hidden.shape[0], min(stop, vocab_size) - start
+    walk = Walk.over(num_rows, stop - start)
 
-    def visit(place, step, product, target_ref, temperature_ref, out_ref, target_smem, out_smem, arrived):
+    def visit(place, step, product, target_ref, temperature_ref, out_ref, *refs):
+        kept_refs, (target_smem, out_smem, arrived, *kept_smem) = refs[: 2 * keep], refs[2 * keep :]
         row, split, first, num_tiles = place
         plgpu.copy_gmem_to_smem(target_ref.at[row], target_smem, arrived)
         plgpu.barrier_wait(arrived)
@@ -171,12 +207,20 @@ def _partials(walk, static, hidden, unembedding, targets, temperature):
         def tile(j, carry):
             step, total = carry
             raw, step = product(step)
-            start = (first + j) * COLUMNS
+            left = (first + j) * COLUMNS  # of the tile
             column = lax.broadcasted_iota(jnp.int32, raw.shape, 1)
-            if vocab_size % COLUMNS:
-                raw = jnp.where(column < vocab_size - start, raw, -jnp.inf)
+            if real < walk.tiles * COLUMNS:
+                raw = jnp.where(column < real - left, raw, -jnp.inf)
             highest = jnp.max(raw, axis=1)
             base = jnp.where(highest > -jnp.inf, highest, 0)
+            if keep:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for smem, x in zip(kept_smem, (raw - _spread(base), base), strict=True):
+                    smem[...] = x.astype(smem.dtype)
+                plgpu.commit_smem()
+                at = (row, pl.ds(left, COLUMNS)), (first + j, row)
+                for smem, ref, where in zip(kept_smem, kept_refs, at, strict=True):
+                    plgpu.copy_smem_to_gmem(smem, ref.at[where])
             shifted = rows.capped(raw, soft_cap) - _spread(rows.capped(base, soft_cap))
             shifted = jnp.maximum(shifted * bits, rows.IMPOSSIBLE)
             is_top = raw == _spread(highest)
@@ -186,7 +230,7 @@ def _partials(walk, static, hidden, unembedding, targets, temperature):
                 m=temper(highest),
                 r=jnp.sum(e, axis=1) + (jnp.where(highest > -jnp.inf, num_top, 0) - 1),
                 t=jnp.sum(e * shifted, axis=1) / LOG2E,
-                target=temper(jnp.sum(jnp.where(column == _spread(target - start), raw, 0), axis=1)),
+                target=temper(jnp.sum(jnp.where(column == _spread(target - left), raw, 0), axis=1)),
             )
             return step, rows.merge(total, here)
 
@@ -199,30 +243,45 @@ def _partials(walk, static, hidden, unembedding, targets, temperature):
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[:, split, row])
         return step
 
-    return _stream(
+    outs = [((len(NOTHING), walk.splits, walk.units * UNIT), jnp.float32)]
+    scratch = [
+        plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, len(NOTHING), ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=WARPGROUPS),
+    ]
+    if keep:
+        outs += [
+            ((_whole_lines(num_rows), stop - start), jnp.float16),
+            ((walk.tiles, walk.units * UNIT), jnp.float32),
+        ]
+        scratch += [
+            plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), jnp.float16, transforms=TRANSFORMS),
+            plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        ]
+    parts, *kept = stream(
         visit,
         walk,
         hidden,
         unembedding,
-        (_whole_units(targets), temperature.astype(jnp.float32).reshape(1)),
-        out_type=jax.ShapeDtypeStruct((len(NOTHING), walk.splits, walk.units * UNIT), jnp.float32),
-        scratch=(
-            plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
-            plgpu.SMEM((WARPGROUPS, len(NOTHING), ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
-        ),
-        stages=STAGES,
+        start,
+        (_whole_units(targets - start), temperature.astype(jnp.float32).reshape(1)),
+        out_type=[jax.ShapeDtypeStruct(*out) for out in outs],
+        scratch=scratch,
+        stages=STAGES - keep,
         approximate=soft_cap is None,
         name="token_statistics",
         interpret=interpret,
     )
+    if not keep:
+        return parts, None
+    below, highest = (dispatch.varying(x, hidden, unembedding, targets) for x in kept)
+    return parts, Kept(below[:num_rows], highest[:, :num_rows])
 
 
-def _cotangent(static, hidden, weight, targets, row_values, temperature, start):
-    """Cotangent of hidden @ weight [N, width], columns ``start`` to ``start + width`` of the vocabulary."""
+def _cotangent(static, start, width, hidden, unembedding, targets, row_values, temperature):
+    """Cotangent of the logits [N, width] of columns from ``start`` on."""
     soft_cap, vocab_size, interpret = static
-    num_rows, width = hidden.shape[0], weight.shape[1]
-    whole_rows = num_rows + -num_rows % 8
+    num_rows = hidden.shape[0]
 
     def visit(place, step, product, target_ref, value_ref, temperature_ref, limit_ref, out_ref, *own):
         target_smem, value_smem, out_smem, arrived = own
@@ -230,33 +289,30 @@ def _cotangent(static, hidden, weight, targets, row_values, temperature, start):
         plgpu.copy_gmem_to_smem(target_ref.at[row], target_smem, arrived)
         plgpu.copy_gmem_to_smem(value_ref.at[:, row], value_smem, arrived)
         plgpu.barrier_wait(arrived)
-        logsumexp, constant, linear, more = (_spread(value_smem[i]) for i in range(4))
+        values = [_spread(value_smem[i]) for i in range(len(row_values))]
         raw, step = product(step)
-        capped = rows.capped(raw, soft_cap)
-        logp = jnp.maximum(capped * (LOG2E / temperature_ref[0]) - logsumexp, rows.IMPOSSIBLE)
         column = first * COLUMNS + lax.broadcasted_iota(jnp.int32, raw.shape, 1)
-        dz = jnp.exp2(logp) * (constant + linear * logp) + jnp.where(column == _spread(target_smem[...]), more, 0)
-        if soft_cap is not None:
-            dz *= 1 - (jnp.maximum(capped, -soft_cap) / soft_cap) ** 2
-        dz = jnp.where(column < limit_ref[0], dz, 0)
+        limits = temperature_ref[0], soft_cap, limit_ref[0]
+        dz = _of_logits(raw, column, _spread(target_smem[...]), values, *limits)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_smem[...] = dz.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, pl.ds(first * COLUMNS, COLUMNS)])
         return step
 
-    out = _stream(
+    (out,) = stream(
         visit,
         Walk.over(num_rows, width, run=1),
         hidden,
-        weight,
+        unembedding,
+        start,
         (
-            _whole_units(targets),
+            _whole_units(targets - start),
             _whole_units(row_values),
             temperature.astype(jnp.float32).reshape(1),
             jnp.int32(vocab_size - start).reshape(1),
         ),
-        out_type=jax.ShapeDtypeStruct((whole_rows, width), hidden.dtype),
+        out_type=[jax.ShapeDtypeStruct((_whole_lines(num_rows), width), hidden.dtype)],
         scratch=(
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
             plgpu.SMEM((WARPGROUPS, len(row_values), ROWS), jnp.float32),
@@ -281,112 +337,6 @@ def _whole_units(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % UNIT)])
 
 
-def _stream(visit, walk, hidden, weight, operands, *, out_type, scratch, stages, approximate, name, interpret):
-    """A kernel that calls ``visit(place, step, product, *operands, out, *own scratch) -> step`` along ``walk``.
-
-    ``visit`` runs in each warpgroup that computes, for its ROWS rows, and calls ``product(step) -> (raw, step)`` once
-    for each tile of ``place``: (its rows, split, first tile, number of tiles). Scratch leads with an axis of warpgroups.
-    """
-    steps_a_tile = hidden.shape[1] // DEPTH
-    height = ROWS * WARPGROUPS
-    hidden = jnp.pad(hidden, ((0, -hidden.shape[0] % 8), (0, 0)))  # what is copied is tiled by 8 rows
-
-    def kernel(hidden_ref, weight_ref, *refs):
-        given, (x_smem, w_smem, full, empty, *own) = refs[: len(operands) + 1], refs[len(operands) + 1 :]
-        warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
-        num_visits = lax.div(walk.units * walk.splits - 1 - cluster, walk.clusters) + 1
-
-        def visited(i):
-            unit, split = walk.place(cluster + i * walk.clusters)
-            row, first = unit * UNIT + lax.axis_index("block") * height, split * walk.run
-            return row, split, first, jnp.minimum(walk.run, walk.tiles - first)
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def load(row, tile, depth, step):
-                slot = lax.rem(step, stages)
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                deep, wide = pl.ds(depth * DEPTH, DEPTH), pl.ds(tile * COLUMNS, COLUMNS)
-                plgpu.copy_gmem_to_smem(hidden_ref.at[pl.ds(row, height), deep], x_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    weight_ref.at[deep, wide], w_smem.at[slot], full.at[slot], collective_axes="block"
-                )
-                return step + 1
-
-            def follow(i, step):
-                row, _, first, num_tiles = visited(i)
-                tile = lambda j, step: lax.fori_loop(
-                    0, steps_a_tile, lambda depth, step: load(row, first + j, depth, step), step
-                )
-                return lax.fori_loop(0, num_tiles, tile, step)
-
-            num_steps = lax.fori_loop(0, num_visits, follow, jnp.int32(0))
-
-            # The other block may still copy into this one's memory: leave when all has been used.
-            @pl.loop(lax.max(num_steps - stages, 0), num_steps)
-            def _(step):
-                plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-
-            def product(step):
-                def accumulate(acc):
-                    def deepen(depth, step):
-                        slot = lax.rem(step, stages)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w_smem.at[slot])
-                        plgpu.wgmma_wait(1)  # the step before has read its slot
-
-                        @pl.when(depth > 0)
-                        def _():
-                            plgpu.barrier_arrive(empty.at[lax.rem(step - 1, stages)])
-
-                        return step + 1
-
-                    end = lax.fori_loop(0, steps_a_tile, deepen, step)
-                    return acc[...], end
-
-                raw, step = pl.run_scoped(accumulate, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-                plgpu.barrier_arrive(empty.at[lax.rem(step - 1, stages)])
-                return raw, step
-
-            def follow(i, step):
-                row, split, first, num_tiles = visited(i)
-                place = pl.ds(row + warpgroup * ROWS, ROWS), split, first, num_tiles
-                return visit(place, step, product, *given, *(ref.at[warpgroup] for ref in own))
-
-            lax.fori_loop(0, num_visits, follow, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
-
-    call = plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(walk.clusters,),
-        grid_names=("cluster",),
-        cluster=(BLOCKS,),
-        cluster_names=("block",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=(
-            plgpu.SMEM((stages, height, DEPTH), hidden.dtype, transforms=TRANSFORMS),
-            plgpu.SMEM((stages, DEPTH, COLUMNS), hidden.dtype, transforms=TRANSFORMS),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),  # one for each copy
-            plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=stages, num_arrivals=WARPGROUPS),
-            *scratch,
-        ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-        interpret=interpret,
-        kernel_name=name,
-    )
-    with jax.enable_x64(False):  # indices are of 32 bits
-        return call(hidden, weight, *operands)
+def _whole_lines(num_rows: int) -> int:
+    """Up to a multiple of 8: what is copied is tiled by 8 rows."""
+    return num_rows + -num_rows % 8

@@ -9,15 +9,20 @@ Forward / forward and backward in ms (plain = log_softmax and autodiff). fp32 on
     6144, 128, 2048        81 / 214      120 / 184     48 / 128          135 / 200
     2048, 128, 16384       175 / 441     207 / 321     87 / 242          179 / 312
 
-bf16 on one H200, with GB of temporary memory in the backward pass (two runs; a product alone takes 13.2 and 14.8):
+bf16 on one H200, with GB of temporary memory in the backward pass (one run a line):
 
     N, D, V                plain               reference           chunked_xla         pallas_hopper
-    16384, 2048, 151936    17.7 / 53 (19.9)    18.6 / 49 (14.9)    24.9 / 76 (0.6)
-    16384, 2048, 151936    -    / 54 (19.9)                        25.2 / 79 (0.6)     15.2 / 62 (1.0)
+    16384, 2048, 151936    24.0 / 102 (29.9)   20.1 / 53 (14.9)    25.4 / 79 (0.6)     15.6 / 60 (1.4)
+    12288, 1024, 151936                        10.0 / 23.9 (11.2)  14.2 / 36.7 (0.5)   6.4 / 24.4 (1.2)
+    12288, 2048, 32000                         3.2 / 8.6 (2.4)     4.1 / 12.4 (0.7)    2.5 / 8.0 (1.6)
+    2048, 2048, 151936                         2.7 / 7.0 (1.9)     3.7 / 10.5 (0.8)    1.9 / 6.5 (0.7)
+    512, 2048, 151936                          0.67 / 2.06 (0.2)   1.01 / 2.75 (0.7)   0.51 / 1.96 (0.2)
+    256, 1024, 151936                          0.25 / 0.78 (0.1)   0.35 / 0.89 (0.1)   0.15 / 0.73 (0.1)
 
-The fastest backward pass is the one that keeps the logits, where there is room for them: ask for "reference" by name.
+Where logits are many, the fastest backward pass is the one that keeps all of them: ask for "reference" by name.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -40,6 +45,7 @@ IMPLEMENTATIONS = {
 # Bytes of fp32 logits on a device up to which all at once are faster than blocks that are computed twice.
 FULL_LOGITS_BYTES = {"cpu": 2**22}
 OTHER_FULL_LOGITS_BYTES = 2**28
+HOPPER_LOGITS_BYTES = 2**27  # and from which Hopper's kernel is faster than either
 ROW_BLOCKS_VOCAB = 2**15  # on a CPU, up to this vocabulary blocks of rows win over blocks of columns
 
 
@@ -75,9 +81,9 @@ def token_statistics(
     ``implementation``: "reference" (full logits), "row_blocks_xla" (blocks of rows), "chunked_xla" (blocks of the
     vocabulary; like the former never [N, V], recomputed in the backward pass), "pallas_tpu" (a kernel for one TPU, with the
     backward pass of "chunked_xla"), "pallas_hopper" (kernels for one GPU of compute capability 9.0, bf16 or fp16, D and
-    V multiples of 64) or None: by size, and "pallas_hopper" instead of "chunked_xla" where this process's devices are
-    such GPUs, it takes the operands, and no mesh of several devices is in use (``jax.set_mesh``) but inside ``shard_map``:
-    no compiler cuts a kernel over devices. Rows and vocabulary may be sharded by the compiler: ``row_shards`` and
+    V multiples of 64) or None: by size, where this process's devices are such GPUs "pallas_hopper", if it takes the
+    operands and no mesh of several devices is in use (``jax.set_mesh``) but inside ``shard_map``: no compiler cuts a kernel
+    over devices. Rows and vocabulary may be sharded by the compiler: ``row_shards`` and
     ``vocab_shards`` then say over how many devices each, so that sizes are judged per device and "chunked_xla" cuts its
     blocks inside every shard of the vocabulary and moves no column.
     """
@@ -99,24 +105,26 @@ def token_statistics(
     if implementation is not None:
         function = dispatch.named("token_statistics", IMPLEMENTATIONS, implementation)
     else:
-        name = _choose(hidden.shape[0] // row_shards, vocab // vocab_shards)
+        logits_bytes = 4 * (hidden.shape[0] // row_shards) * (vocab // vocab_shards)
+        name = _choose(logits_bytes, vocab // vocab_shards)
         fits = not pallas_hopper.unfit(hidden, unembedding, row_shards, vocab_shards)
-        hopper = name == "chunked_xla" and fits and dispatch.on_hopper() and dispatch.on_one_device()
-        function = _hopper_if_cuda if hopper else IMPLEMENTATIONS[name]
+        on_hopper = fits and dispatch.on_hopper() and dispatch.on_one_device()
+        hopper = on_hopper and logits_bytes >= HOPPER_LOGITS_BYTES
+        function = functools.partial(_hopper_if_cuda, name) if hopper else IMPLEMENTATIONS[name]
     head = Head(jax.lax.stop_gradient(jnp.asarray(temperature)), soft_cap, vocab_size)
     hidden, unembedding, targets = dispatch.alike(hidden, unembedding, targets.astype(jnp.int32))
     return TokenStatistics(*function(hidden, unembedding, targets, head, row_shards, vocab_shards))
 
 
-def _choose(rows: int, vocab: int) -> str:
+def _choose(logits_bytes: int, vocab: int) -> str:
     """By what one device holds; see the measurements in the module docstring."""
     platform = dispatch.platform()
-    if rows * vocab * 4 <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
+    if logits_bytes <= FULL_LOGITS_BYTES.get(platform, OTHER_FULL_LOGITS_BYTES):
         return "reference"
     return "row_blocks_xla" if platform == "cpu" and vocab <= ROW_BLOCKS_VOCAB else "chunked_xla"
 
 
-def _hopper_if_cuda(hidden, unembedding, targets, head, row_shards, vocab_shards):
+def _hopper_if_cuda(otherwise, hidden, unembedding, targets, head, row_shards, vocab_shards):
     """Decided when lowered: a process with a GPU may be compiling for its CPU."""
 
     def bound(name):
@@ -127,4 +135,4 @@ def _hopper_if_cuda(hidden, unembedding, targets, head, row_shards, vocab_shards
         return function
 
     operands = hidden, unembedding, targets, head.temperature
-    return jax.lax.platform_dependent(*operands, cuda=bound("pallas_hopper"), default=bound("chunked_xla"))
+    return jax.lax.platform_dependent(*operands, cuda=bound("pallas_hopper"), default=bound(otherwise))

@@ -31,8 +31,8 @@ def _forward(static, hidden, unembedding, targets, temperature):
 def _backward(static, residuals, g):
     hidden, unembedding, targets, temperature, raw, out = residuals
     d_raw = Head(temperature, *static).cotangent(raw, targets, out, g)
-    d_hidden, d_weight = gradients(hidden, unembedding, d_raw)
-    return d_hidden.astype(hidden.dtype), d_weight.astype(unembedding.dtype), None, None
+    d_hidden, d_weight = gradients(hidden, unembedding, d_raw, unembedding.dtype)
+    return d_hidden.astype(hidden.dtype), d_weight, None, None
 
 
 _statistics.defvjp(_forward, _backward)
