@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import dispatch
 from kernels.decode_attention import spans
 from kernels.decode_attention.sharing import LOG2E, LOWEST, merged, share_prompts
+from kernels.integers import div, rem
 
 QUERIES = 64  # rows of a tensor core's product
 WANTED = 2 * 132  # blocks of threads: two on each multiprocessor
@@ -104,28 +105,28 @@ def decode_attention(
         keys_here, values_here, row_here, rows_here = barriers
         task, head = jax.lax.axis_index("task"), jax.lax.axis_index("head")
         shared, heads = task < num_shared, pl.ds(head * group, group)
-        row, slot = spans.rem(jnp.maximum(task - num_shared, 0), num_rows), spans.div(task - num_shared, num_rows)
+        row, slot = rem(jnp.maximum(task - num_shared, 0), num_rows), div(task - num_shared, num_rows)
         length = length_ref[row]
         span = spans.bounds(length, sizes[0], length, None if window is None else window_ref[0])
         found = jnp.int32(1), row, row, *span, slot, jnp.int32(tiles.own)
         if parts:
-            part = spans.rem(task, num_parts)
+            part = rem(task, num_parts)
             of_part = (
                 *(ref[jnp.where(shared, part, 0)] for ref in table_refs),
-                spans.div(task, num_parts),
+                div(task, num_parts),
                 tiles.shared,
             )
             found = (jnp.where(shared, a, b) for a, b in zip(of_part, found, strict=True))
         count, first, entry, start, stop, slot, pieces = found
-        block_of = lambda i: spans.div(start, block) + jax.lax.div(i * steps, pieces)
-        steps = jnp.maximum(spans.div(stop + (block - 1), block) - spans.div(start, block), 0)
+        block_of = lambda i: div(start, block) + jax.lax.div(i * steps, pieces)
+        steps = jnp.maximum(div(stop + (block - 1), block) - div(start, block), 0)
         begin, end = block_of(slot), block_of(slot + 1)
 
         def fetch(step):
             for i, (key_ref, value_ref) in enumerate(cache_refs):
                 at = layer_ref[0] * entries[i] + entry, pl.ds(step * block, block), pl.ds(head * head_dim, head_dim)
                 pl.when((step < end) & (shared == bool(i)))(
-                    functools.partial(load, key_ref.at[at], value_ref.at[at], spans.rem(step, stages))
+                    functools.partial(load, key_ref.at[at], value_ref.at[at], rem(step, stages))
                 )
 
         def load(keys, values, to):
@@ -155,7 +156,7 @@ def decode_attention(
 
         def attend(since, step, carry):
             average, highest, total = carry
-            here, at = spans.rem(step, stages), step * block
+            here, at = rem(step, stages), step * block
             plgpu.barrier_wait(keys_here.at[here])
             scores = jnp.zeros((QUERIES, block), jnp.float32)
             s = _product(query_smem, key_smem.at[here], scores, transpose=True) * factor_ref[0]

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import dispatch
 from kernels.decode_attention import spans
 from kernels.decode_attention.sharing import LOG2E, LOWEST, Seen, merged, share_prompts
+from kernels.integers import div, rem
 from kernels.tpu import LANES, VMEM_BYTES
 
 # Keys or values of a step, a guess: with both, a quarter of a microsecond of reading or more, which is a step's overhead.
@@ -102,7 +103,7 @@ def _attend(
         query_ref, key_ref, value_ref, out_ref, level_ref, highest, total, average = refs
         at, step = pl.program_id(0), pl.program_id(1)
         start, stop = start_ref[at], stop_ref[at]
-        here = (spans.div(start, size) + step) * size
+        here = (div(start, size) + step) * size
 
         @pl.when(step == 0)
         def _():
@@ -118,9 +119,9 @@ def _attend(
             inside = lambda i, first: (i >= (first - here) * num_kv) & (i < (stop - here) * num_kv)
             column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             query = jax.lax.broadcasted_iota(jnp.int32, (num_queries, 1), 0)
-            head = spans.div(spans.rem(query, num_heads), num_heads // num_kv)
+            head = div(rem(query, num_heads), num_heads // num_kv)
             first = since_refs[0][...] if since_refs else start
-            s = jnp.where((spans.rem(column, num_kv) == head) & inside(column, first), s, -jnp.inf)
+            s = jnp.where((rem(column, num_kv) == head) & inside(column, first), s, -jnp.inf)
             v = flat(value_ref)
             row = jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)
             v = jnp.where(inside(row, start), v, 0)  # 0 * NaN is NaN
@@ -184,7 +185,7 @@ def _attend(
 
 def fetched(step: jax.Array, start: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """The block of ``size`` positions that a span's step needs: its first before it begins, its last once it is done."""
-    return jnp.minimum(spans.div(start, size) + jnp.maximum(step, 0), spans.div(jnp.maximum(end - 1, 0), size))
+    return jnp.minimum(div(start, size) + jnp.maximum(step, 0), div(jnp.maximum(end - 1, 0), size))
 
 
 def choose_block(num_queries: int, num_kv: int, head_dim: int, dtype: jnp.dtype) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.decode_attention import spans
+from kernels.integers import in_order, ranks, rem
 
 LOWEST = -1e30  # the level of what sees nothing: below every score, and finite, so that it less itself is 0
 LOG2E = math.log2(math.e)
@@ -60,21 +61,18 @@ def share_prompts(
 
 
 def share(entries: jax.Array, seen: jax.Array, num_entries: int, most: int) -> Parts:
-    """Parts of at most ``most`` rows by the rows' ``entries`` [B], of those that have ``seen`` [B] set.
-
-    By comparisons of all pairs in three steps: to sort so few takes a GPU longer.
-    """
+    """Parts of at most ``most`` rows by the rows' ``entries`` [B], of those that have ``seen`` [B] set."""
     num_rows = len(entries)
     row = jnp.arange(num_rows, dtype=jnp.int32)
     total = lambda x: jnp.sum(x, axis=1, dtype=jnp.int32)
     entries = jnp.where(seen, entries, num_entries)
     same, earlier = entries[None] == entries[:, None], row[None] < row[:, None]
     nth, size = total(same & earlier), jnp.where(seen, total(same), 0)
-    rank = total((entries[None] < entries[:, None]) | (same & earlier))
+    rank = ranks(entries)
 
-    place = spans.rem(nth, most)
+    place = rem(nth, most)
     leads = seen & (place == 0)
-    order = total(jnp.where(rank[None] == row[:, None], row[None], 0))
+    order = in_order(rank, row)
     part = total(leads[None] & (rank[None] <= rank[:, None])) - 1
 
     index = jnp.arange(num_parts(num_rows, num_entries, most), dtype=jnp.int32)

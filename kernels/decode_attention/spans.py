@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.integers import div
+
 
 def prompt_entry(row: jax.Array, index: jax.Array, num_rows: int, num_prompts: int, num_shards: int) -> jax.Array:
     """The prompts' entry that row ``row`` calls ``index``, which counts within the row's own shard."""
@@ -14,13 +16,3 @@ def bounds(length: jax.Array, size: int, total: jax.Array, window: jax.Array | N
     """(start, end): the first ``length`` of ``size`` positions, of them the last ``window`` of ``total`` in all caches."""
     end = jnp.minimum(length, size)
     return jnp.zeros_like(end) if window is None else jnp.maximum(total - window, 0), end
-
-
-def div(x: jax.Array, by: int) -> jax.Array:
-    """x // by of x >= 0, without a look at signs, in x's type."""
-    return jax.lax.div(x, jnp.full_like(x, by))
-
-
-def rem(x: jax.Array, by: int) -> jax.Array:
-    """x % by of x >= 0."""
-    return jax.lax.rem(x, jnp.full_like(x, by))

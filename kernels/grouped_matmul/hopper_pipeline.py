@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
-from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, remainder
+from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM
+from kernels.integers import rem
 
 COLUMNS = 256  # of a tile: 128 registers of a thread
 STAGES = 4  # steps in shared memory
@@ -32,9 +33,9 @@ class Ring(NamedTuple):
         def body(k, step):
             @pl.when(step >= STAGES)
             def _():
-                plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
+                plgpu.barrier_wait(self.empty.at[rem(step, STAGES)])
 
-            fetch(k, remainder(step, STAGES))
+            fetch(k, rem(step, STAGES))
             return step + 1
 
         return jax.lax.fori_loop(0, steps, body, step)
@@ -44,7 +45,7 @@ class Ring(NamedTuple):
 
         @pl.loop(jnp.maximum(step - STAGES, 0), step)
         def _(step):
-            plgpu.barrier_wait(self.empty.at[remainder(step, STAGES)])
+            plgpu.barrier_wait(self.empty.at[rem(step, STAGES)])
 
     def multiply(self, steps: jax.Array, step: jax.Array, operands: Callable, products: int = 1) -> list[jax.Array]:
         """So many of [SLAB, COLUMNS / products] in fp32: the first of ``operands(k, slot)`` times each of the others, summed
@@ -52,17 +53,17 @@ class Ring(NamedTuple):
 
         def scope(*totals):
             def body(k, step):
-                plgpu.barrier_wait(self.full.at[remainder(step, STAGES)])
-                lhs, *others = operands(k, remainder(step, STAGES))
+                plgpu.barrier_wait(self.full.at[rem(step, STAGES)])
+                lhs, *others = operands(k, rem(step, STAGES))
                 for total, rhs in zip(totals, others, strict=True):
                     plgpu.wgmma(total, lhs, rhs)
                 plgpu.wgmma_wait(products)
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(step - 1, STAGES)]))
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[rem(step - 1, STAGES)]))
                 return step + 1
 
             done = jax.lax.fori_loop(0, steps, body, step)
             results = [total[...] for total in totals]
-            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[remainder(done - 1, STAGES)]))
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[rem(done - 1, STAGES)]))
             return results
 
         return pl.run_scoped(scope, *[plgpu.ACC((SLAB, COLUMNS // products), jnp.float32)] * products)
@@ -72,8 +73,8 @@ class Ring(NamedTuple):
 
         @pl.loop(0, steps)
         def _(k):
-            plgpu.barrier_wait(self.full.at[remainder(step + k, STAGES)])
-            plgpu.barrier_arrive(self.empty.at[remainder(step + k, STAGES)])
+            plgpu.barrier_wait(self.full.at[rem(step + k, STAGES)])
+            plgpu.barrier_arrive(self.empty.at[rem(step + k, STAGES)])
 
 
 def work(ring: Ring, count: jax.Array, cursors: Any, find: Callable, load: Callable, multiply: Callable) -> None:

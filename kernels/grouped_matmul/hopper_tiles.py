@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.integers import div, in_order, ranks, rem
+
 TEAM = 2  # warpgroups that multiply
 SLAB = 64  # rows that one of them has of a tile: those of a wgmma
 BAND = 12  # rows of tiles before the next column: some 12 by 12 run at a time, and share what they load in the cache
@@ -73,11 +75,8 @@ def by_size(group_sizes: jax.Array, num_rows: int) -> Groups:
     """Ties by index."""
     ends = jnp.minimum(_running_sum(group_sizes), num_rows)
     starts = jnp.append(jnp.int32(0), ends[:-1])
-    sizes, index = ends - starts, jnp.arange(len(ends), dtype=jnp.int32)
-    tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
-    rank = jnp.sum((sizes[None] > sizes[:, None]) | tie, axis=1, dtype=jnp.int32)
-    here = rank[None] == index[:, None]
-    group, start, end = (jnp.sum(jnp.where(here, x[None], 0), axis=1, dtype=jnp.int32) for x in (index, starts, ends))
+    rank = ranks(starts - ends)
+    group, start, end = (in_order(rank, x) for x in (jnp.arange(len(ends), dtype=jnp.int32), starts, ends))
     return Groups(group, start, end, ends[-1:])
 
 
@@ -89,17 +88,7 @@ def _running_sum(x: jax.Array) -> jax.Array:
 
 def place(index: jax.Array, rows: jax.Array | int, columns: int) -> tuple[jax.Array, jax.Array]:
     """(row, column) of the index-th of rows x columns tiles: band by band, and column by column within."""
-    above = divide(index, BAND * columns) * BAND
+    above = div(index, BAND * columns) * BAND
     height = jnp.minimum(BAND, rows - above)
-    inside = remainder(index, BAND * columns)
+    inside = rem(index, BAND * columns)
     return above + jax.lax.rem(inside, height), jax.lax.div(inside, height)
-
-
-def divide(a: jax.Array, b: int) -> jax.Array:
-    """Towards zero; what kernels have, where ``//`` is a few instructions more."""
-    return jax.lax.div(a, jnp.int32(b))
-
-
-def remainder(a: jax.Array, b: int) -> jax.Array:
-    """Of ``divide``."""
-    return jax.lax.rem(a, jnp.int32(b))

@@ -47,7 +47,8 @@ from kernels.grouped_matmul.hopper_pipeline import (
     views,
     work,
 )
-from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, divide, num_doubles, place, remainder, row_tiles
+from kernels.grouped_matmul.hopper_tiles import SLAB, TEAM, by_size, num_doubles, place, row_tiles
+from kernels.integers import div, rem
 
 STEP = 64  # contracted at a time
 NO_GROUP = 2**30
@@ -201,8 +202,8 @@ def _product(*refs, join: Callable, transpose_rhs: bool, interpret: Any):
 
     # Each kind is dealt to the blocks in turn, singles from where doubles end: a block gets as many as others, but one.
     block = jax.lax.axis_index("block")
-    cursors = block, remainder(block + blocks - remainder(totals[0], blocks), blocks)
-    number = [divide(total - at + blocks - 1, blocks) for total, at in zip(totals, cursors, strict=True)]
+    cursors = block, rem(block + blocks - rem(totals[0], blocks), blocks)
+    number = [div(total - at + blocks - 1, blocks) for total, at in zip(totals, cursors, strict=True)]
     work(ring, number[0] + number[1], cursors, find, load, multiply)
 
 
@@ -250,10 +251,10 @@ def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_til
     rows, columns = pl.cdiv(out.shape[1], TEAM * SLAB), pl.cdiv(out.shape[2], COLUMNS)
 
     def find(index):
-        nth = jnp.minimum(divide(index, rows * columns), groups - 1)
-        at = divide(start[nth], 8) * 8
-        steps = jnp.where(end[nth] > start[nth], divide(end[nth] - at + STEP - 1, STEP), 0)
-        where = place(remainder(index, rows * columns), rows, columns)
+        nth = jnp.minimum(div(index, rows * columns), groups - 1)
+        at = div(start[nth], 8) * 8
+        steps = jnp.where(end[nth] > start[nth], div(end[nth] - at + STEP - 1, STEP), 0)
+        where = place(rem(index, rows * columns), rows, columns)
         return _GradientTile(group[nth], start[nth], end[nth], at, *where, steps), index + blocks
 
     def load(tile, step):
@@ -300,7 +301,7 @@ def _gradient(group, start, end, total, lhs, g, out, lhs_tiles, g_tiles, out_til
         return step + tile.steps
 
     block = jax.lax.axis_index("block")
-    count = divide(groups * rows * columns - block + blocks - 1, blocks)
+    count = div(groups * rows * columns - block + blocks - 1, blocks)
     work(ring, count, block, find, load, multiply)
 
 
