@@ -216,13 +216,13 @@ def test_default_on_a_chip(monkeypatch):
 
 @pytest.mark.gpu
 def test_cotangents_take_the_place_of_kept_logits(monkeypatch):
-    block = 2**28  # bytes, half of all logits in 16 bits
-    monkeypatch.setattr(pallas_hopper, "BLOCK_BYTES", block)
-    hidden, unembedding, targets = case(rows=4096, depth=512, vocab=65536, dtype=jnp.bfloat16, scale=0.05)
+    monkeypatch.setattr(pallas_hopper, "BLOCK_BYTES", 2**27)
+    hidden, unembedding, targets = case(rows=4096, depth=512, vocab=65664, dtype=jnp.bfloat16, scale=0.05)
     statistics = functools.partial(token_statistics, temperature=0.7, implementation="pallas_hopper")
     loss = lambda h, w: jnp.sum(jnp.stack(statistics(h, w, targets)))
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile()
-    assert block < compiled.memory_analysis().temp_size_in_bytes < 1.5 * block
+    block = 2 * 4096 * pallas_hopper.block_width(4096, 65664)  # one of five
+    assert block < compiled.memory_analysis().temp_size_in_bytes < 1.75 * block
 
 
 @pytest.mark.parametrize("rows, columns", [(16384, 151936), (13, 320), (4096, 153216), (100_000, 32000), (1, 1)])
