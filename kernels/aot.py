@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--generation", choices=TOPOLOGIES, action="append", help="repeatable; all by default")
     args = parser.parse_args(argv)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no chip to share with other processes
     failed = 0
     heads = f"{'VMEM':>8}  {'temporary':>10}  {'compiled in':>11}"
     print(f"{'generation':10}  {'op':20}  {'case':29}  {'tiles':>16}  {heads}")
