@@ -60,7 +60,7 @@ def stream(
     """
     steps_a_tile = hidden.shape[1] // DEPTH
     height = ROWS * WARPGROUPS
-    hidden = jnp.pad(hidden, ((0, -hidden.shape[0] % 8), (0, 0)))  # what is copied is tiled by 8 rows
+    hidden = jnp.pad(hidden, ((0, whole_lines(len(hidden)) - len(hidden)), (0, 0)))
 
     def kernel(hidden_ref, weight_ref, start_ref, *refs):
         num_given = len(operands) + len(out_type)
@@ -163,3 +163,8 @@ def stream(
     )
     with jax.enable_x64(False):  # indices are of 32 bits
         return call(hidden, unembedding, jnp.asarray(start, jnp.int32).reshape(1), *operands)
+
+
+def whole_lines(num_rows: int) -> int:
+    """Up to a multiple of 8: what is copied is tiled by 8 rows."""
+    return num_rows + -num_rows % 8

@@ -35,6 +35,7 @@ from kernels.entropy_covariance.hopper_stream import (
     WARPGROUPS,
     Walk,
     stream,
+    whole_lines,
 )
 from kernels.entropy_covariance.logits import Head, gradients
 
@@ -251,7 +252,7 @@ def _partials(static, start, stop, keep, hidden, unembedding, targets, temperatu
     ]
     if keep:
         outs += [
-            ((_whole_lines(num_rows), stop - start), jnp.float16),
+            ((whole_lines(num_rows), stop - start), jnp.float16),
             ((walk.tiles, walk.units * UNIT), jnp.float32),
         ]
         scratch += [
@@ -312,7 +313,7 @@ def _cotangent(static, start, width, hidden, unembedding, targets, row_values, t
             temperature.astype(jnp.float32).reshape(1),
             jnp.int32(vocab_size - start).reshape(1),
         ),
-        out_type=[jax.ShapeDtypeStruct((_whole_lines(num_rows), width), hidden.dtype)],
+        out_type=[jax.ShapeDtypeStruct((whole_lines(num_rows), width), hidden.dtype)],
         scratch=(
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
             plgpu.SMEM((WARPGROUPS, len(row_values), ROWS), jnp.float32),
@@ -335,8 +336,3 @@ def _spread(x: jax.Array) -> jax.Array:
 def _whole_units(x: jax.Array) -> jax.Array:
     """Zeros after the last axis, up to a multiple of UNIT."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % UNIT)])
-
-
-def _whole_lines(num_rows: int) -> int:
-    """Up to a multiple of 8: what is copied is tiled by 8 rows."""
-    return num_rows + -num_rows % 8

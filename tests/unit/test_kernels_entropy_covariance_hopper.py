@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_meaning(where, soft_cap, tiles, monkeypatch)
     expected = gradients(functools.partial(token_statistics, implementation="reference"))
     for a, b in zip(got, expected, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) < 2e-3 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
     assert not got[1][:, 500:].any() and not got[1][:, 7].any()
 
 
@@ -149,11 +149,8 @@ def test_what_it_does_not_take(shape, dtype, options, words):
         token_statistics(*args, temperature=1.0, implementation="pallas_hopper", **options)
 
 
-SHAPES = (
-    ((2048, 128), jnp.bfloat16),
-    ((128, 65536), jnp.bfloat16),
-    ((2048,), jnp.int32),
-)  # logits of 256 MiB in 16 bits
+# Logits of 256 MiB in 16 bits.
+SHAPES = ((2048, 128), jnp.bfloat16), ((128, 65536), jnp.bfloat16), ((2048,), jnp.int32)
 
 
 def num_kernels(function, platform="cuda"):
